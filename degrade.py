@@ -1,0 +1,261 @@
+"""The degradation of the training pairs (paper Sec. 4, Datasets): blur, downsampling, noise, JPEG, and back up.
+
+    y = [ (x * k_sigma) down_r + n_delta ]_JPEG_q up_r                                         x, y: (3, H, W) in [0, 1]
+
+The paper says "consistent with Real-ESRGAN" but describes one pass, the pipeline of blind face restoration (GFPGAN,
+Sec. 4.1); that is what is here. Parameters are drawn first (`sample`) and kept with the sample, then `apply` is a pure
+function of picture and parameters. It works in float64 and rounds to 8 bit, so that neither the order of summation nor
+the number of threads shows: the same parameters give the same bytes (the JPEG step needs the same libjpeg).
+
+Usage: params = sample(np.random.default_rng(0), "difface", size=512); y = apply(x, params)
+       python degrade.py samples/clean -o samples/degraded --level medium
+"""
+
+import argparse
+import dataclasses
+import io
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+
+RANGE_NAMES, LEVEL_NAMES = ("difface", "gfpgan", "codeformer", "codeformer-large"), ("light", "medium", "heavy")
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description="Degrade pictures: blur, downsampling, noise, JPEG, and back up (Sec. 4).")
+    p.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="pictures, or folders searched recursively")
+    p.add_argument("-o", "--out", required=True, metavar="OUT", help="folder for the degraded copies (PNG)")
+    how = p.add_mutually_exclusive_group()
+    how.add_argument("--ranges", choices=RANGE_NAMES, default="difface", help="draw the parameters (default difface)")
+    how.add_argument("--level", choices=LEVEL_NAMES, help="fixed parameters instead of drawn ones")
+    p.add_argument("--size", type=int, metavar="N", help="crop to a square of N px first (default: leave the size)")
+    p.add_argument("--seed", type=int, default=0, help="seed of parameters and noise (default 0)")
+    args = p.parse_args(argv)
+    if args.size is not None and not 16 <= args.size <= 8192:
+        p.error(f"argument --size: expected 16 to 8192, got {args.size}")
+    if args.seed < 0:
+        p.error(f"argument --seed: expected 0 or more, got {args.seed}")
+    return args
+
+
+def interrupted(*_):
+    os.write(2, b"\ndegrade.py: interrupted\n")
+    sys.exit(130)  # raised wherever it is, so that a file in the writing is removed
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # before torch is imported, so that -h answers at once
+    signal.signal(signal.SIGINT, interrupted)
+
+import numpy as np
+import torch
+from PIL import Image
+
+from images import find_images, read_image, square, write_image
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranges:
+    """What `sample` draws from, uniformly; spatial values for pictures of 512 px."""
+
+    blur: tuple[float, float]  # sigma of the Gaussian, pixels
+    down: tuple[float, float]  # factor r; below 1 the picture is enlarged
+    noise: tuple[float, float]  # standard deviation, grey levels of 255
+    jpeg: tuple[float, float]  # quality
+    gray: float = 0.0  # probability of a gray sample (its target is made gray too)
+    isotropic: float = 0.5  # probability of a round kernel
+    kernel: int = 41  # kernel size, pixels, odd
+
+
+RANGES = {
+    # zsyOAOA/DifFace configs/training/swinir_ffhq512.yaml: the posterior-mean network of PMRF, and PMRF itself
+    "difface": Ranges(blur=(0.1, 15), down=(0.8, 32), noise=(0, 20), jpeg=(30, 100), gray=0.01),
+    # TencentARC/GFPGAN options/train_gfpgan_v1_simple.yml, with its gt_gray variant (no colour jitter)
+    "gfpgan": Ranges(blur=(0.1, 10), down=(0.8, 8), noise=(0, 20), jpeg=(60, 100), gray=0.01),
+    # sczhou/CodeFormer options/CodeFormer_stage3.yml: its small ranges, and its large ones (those of stage 2)
+    "codeformer": Ranges(blur=(0.1, 10), down=(1, 12), noise=(0, 15), jpeg=(60, 100)),
+    "codeformer-large": Ranges(blur=(1, 15), down=(4, 30), noise=(0, 20), jpeg=(30, 80)),
+}
+MIN_DOWN = 0.8  # scaled ranges do not go below: enlarging a small picture more would lose nothing but time
+
+
+@dataclasses.dataclass(frozen=True)
+class Params:
+    """One degradation. `dataclasses.asdict` makes a plain JSON dict of it, `Params(**d)` reads it back."""
+
+    kernel_size: int  # odd, pixels
+    sigma_x: float  # pixels, > 0
+    sigma_y: float
+    theta: float  # radians, from the x axis towards the y axis (downwards)
+    down: float  # factor r > 0
+    noise: float  # standard deviation, grey levels of 255
+    noise_seed: int
+    jpeg: int  # quality 1 ... 100
+    gray: bool = False
+
+    def scaled(self, size):
+        """These parameters, meant for 512 px, for pictures of `size` px: blur and downsampling times size / 512."""
+        k = size / 512
+        spatial = dict(sigma_x=self.sigma_x * k, sigma_y=self.sigma_y * k, down=max(self.down * k, MIN_DOWN))
+        return dataclasses.replace(self, kernel_size=_scale_kernel(self.kernel_size, size), **spatial)
+
+
+LEVELS = {  # for 512 px; our choice: a mild web copy, an old small picture, and close to the far end of "difface"
+    "light": Params(kernel_size=41, sigma_x=1.5, sigma_y=1.5, theta=0.0, down=2, noise=3, noise_seed=0, jpeg=80),
+    "medium": Params(kernel_size=41, sigma_x=4.0, sigma_y=4.0, theta=0.0, down=6, noise=8, noise_seed=0, jpeg=60),
+    "heavy": Params(kernel_size=41, sigma_x=8.0, sigma_y=8.0, theta=0.0, down=16, noise=15, noise_seed=0, jpeg=40),
+}
+
+
+def sample(rng, ranges="difface", size=512):
+    """Draws the parameters of one degradation.
+
+    rng: numpy.random.Generator; ranges: a name in RANGES or a Ranges, for 512 px; size: side of the pictures in pixels,
+    by which blur, kernel and downsampling are scaled (size / 512) while noise and JPEG stay. Returns Params.
+    """
+    r = RANGES[ranges] if isinstance(ranges, str) else ranges
+    k = size / 512
+    sigma_x, sigma_y = (float(s) * k for s in rng.uniform(*r.blur, 2))
+    theta = float(rng.uniform(-math.pi, math.pi))
+    if rng.uniform() < r.isotropic:
+        sigma_y, theta = sigma_x, 0.0
+    low = max(r.down[0] * k, MIN_DOWN)
+    down = float(rng.uniform(low, max(r.down[1] * k, low)))
+    noise, jpeg, gray = float(rng.uniform(*r.noise)), int(rng.uniform(*r.jpeg)), bool(rng.uniform() < r.gray)
+    noise_seed = int(rng.integers(2**32))
+    return Params(_scale_kernel(r.kernel, size), sigma_x, sigma_y, theta, down, noise, noise_seed, jpeg, gray)
+
+
+def level(name, size=512, seed=0):
+    """The fixed parameters LEVELS[name] for pictures of `size` px, with the noise of `seed`."""
+    return dataclasses.replace(LEVELS[name].scaled(size), noise_seed=seed)
+
+
+def _scale_kernel(kernel_size, size):
+    return 2 * max(1, round(kernel_size // 2 * size / 512)) + 1
+
+
+def gaussian_kernel(size, sigma_x, sigma_y, theta):
+    """Gaussian blur kernel k_sigma, (size, size) float32, sum 1, index [row y, column x].
+
+    size: odd, pixels; sigma_x, sigma_y > 0: standard deviations in pixels along axes turned by theta radians, so the
+    covariance is R diag(sigma_x^2, sigma_y^2) R^T. Computed in float64. Raises ValueError for another size or sigma.
+    """
+    return torch.from_numpy(_gaussian_kernel(size, sigma_x, sigma_y, theta).astype(np.float32))
+
+
+def _gaussian_kernel(size, sigma_x, sigma_y, theta):
+    if size < 1 or size % 2 == 0:
+        raise ValueError(f"expected an odd kernel size, got {size}: use {size + 1}")
+    if not (sigma_x > 0 and sigma_y > 0):
+        raise ValueError(f"expected sigma above 0, got {sigma_x} and {sigma_y}: use 0.1 for hardly any blur")
+    y, x = np.mgrid[:size, :size] - size // 2
+    u = (x * math.cos(theta) + y * math.sin(theta)) / sigma_x
+    v = (y * math.cos(theta) - x * math.sin(theta)) / sigma_y
+    k = np.exp(-0.5 * (u**2 + v**2))
+    return k / k.sum()
+
+
+def blur(x, kernel):
+    """Correlation of x (3, H, W) with kernel (s, s), reflect-101 borders; float64 numpy, through the Fourier transform.
+
+    Numpy's transform is one thread and the same everywhere; a 41 x 41 kernel costs no more than a small one.
+    """
+    pad = kernel.shape[0] // 2
+    padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad)), mode="reflect")  # (3, H + 2 pad, W + 2 pad)
+    shape = [_fast_length(n) for n in padded.shape[1:]]
+    spectrum = np.fft.rfft2(padded, s=shape) * np.conj(np.fft.rfft2(kernel, s=shape))
+    return np.fft.irfft2(spectrum, s=shape)[:, : x.shape[1], : x.shape[2]]  # what wraps around lies beyond H, W
+
+
+def _fast_length(n):
+    while 30**16 % n:  # up to the next product of twos, threes and fives, for which the transform is twice as fast
+        n += 1
+    return n
+
+
+def bilinear(x, size):
+    """Bilinear resampling of x (3, h, w) to size = (H, W) like OpenCV: pixel centres, no antialiasing; float64."""
+    for axis, n in ((1, size[0]), (2, size[1])):
+        length = x.shape[axis]
+        position = np.clip((np.arange(n) + 0.5) * (length / n) - 0.5, 0, length - 1)
+        i = np.minimum(position.astype(np.int64), max(length - 2, 0))
+        w = (position - i).reshape((-1, 1) if axis == 1 else (-1,))
+        x = x.take(i, axis) * (1 - w) + x.take(np.minimum(i + 1, length - 1), axis) * w
+    return x
+
+
+def jpeg(x, quality):
+    """x (3, H, W) uint8 after one JPEG round trip (4:2:0, as libjpeg and OpenCV have it); uint8 numpy."""
+    f = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(x.transpose(1, 2, 0))).save(f, "JPEG", quality=quality, subsampling=2)
+    return np.asarray(Image.open(f).convert("RGB")).transpose(2, 0, 1)
+
+
+def to_gray(x):
+    """Luma (BT.601) in all three channels; x: (..., 3, H, W) in [0, 1]. For the target of a gray sample."""
+    r, g, b = x.unbind(-3)
+    gray = 0.299 * r + 0.587 * g + 0.114 * b
+    return torch.stack([gray, gray, gray], -3)
+
+
+def apply(x, params):
+    """Degrades a picture: y = [ (x * k_sigma) down_r + n_delta ]_JPEG_q up_r.
+
+    x: (3, H, W) float32 in [0, 1]. Returns y, same shape, 8-bit values / 255, a function of x and params alone. If
+    params.gray, y is gray and the caller makes the target gray with `to_gray`. Raises ValueError for another shape.
+    """
+    if x.ndim != 3 or x.shape[0] != 3:
+        raise ValueError(f"expected a picture (3, H, W), got {tuple(x.shape)}: degrade the pictures one by one")
+    _, H, W = x.shape
+    y = x.detach().cpu().numpy().astype(np.float64) * 255
+    y = blur(y, _gaussian_kernel(params.kernel_size, params.sigma_x, params.sigma_y, params.theta))
+    y = bilinear(y, (max(1, int(H / params.down)), max(1, int(W / params.down))))
+    rng = np.random.Generator(np.random.PCG64(params.noise_seed))
+    y = y + params.noise * rng.standard_normal(y.shape)
+    y = jpeg(_round8(y), params.jpeg).astype(np.float64)
+    y = bilinear(y, (H, W))
+    if params.gray:
+        y = np.broadcast_to(0.299 * y[0] + 0.587 * y[1] + 0.114 * y[2], y.shape)
+    return torch.from_numpy(_round8(y).astype(np.float32) / 255)
+
+
+def _round8(v):
+    # through a grid of 2^-24, so that a value a rounding error away from a half rounds like the half itself
+    return np.clip(np.round(np.round(v * 2**24) / 2**24), 0, 255).astype(np.uint8)
+
+
+def main(args):
+    paths = find_images(args.images)
+    if not paths:
+        raise ValueError(f"expected at least one picture, got none in {' '.join(args.images)}: name another folder")
+    targets = [Path(args.out) / f"{path.stem}.png" for path in paths]
+    if len(set(targets)) < len(paths) or {t.resolve() for t in targets} & {p.resolve() for p in paths}:
+        raise ValueError(
+            f"expected a new name in {args.out} for each copy, got one twice or an input: rename, or change -o"
+        )
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    failed = 0
+    for i, (path, target) in enumerate(zip(paths, targets, strict=True)):
+        try:
+            x = read_image(path)
+        except (ValueError, OSError) as e:
+            print(f"degrade.py: {e}", file=sys.stderr)
+            failed = 1
+            continue
+        x = x if args.size is None else square(x, args.size)
+        size, rng = min(x.shape[1:]), np.random.default_rng((args.seed, i))
+        params = level(args.level, size, args.seed) if args.level else sample(rng, args.ranges, size)
+        write_image(target, apply(x, params))
+        print(f"{target}  {params}")
+    return failed
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(ARGS))
+    except (ValueError, OSError) as e:
+        print(f"degrade.py: {e}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,62 @@
+"""Puts the project's root on the import path and keeps every test on two CPU threads and off the network."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+torch.set_num_threads(int(os.environ.get("TEST_THREADS", 2)))
+
+import json
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def small_config(tmp_path_factory):
+    """A folder of the published layouts with random weights (SD v1.5's, LCM-LoRA's, timm's, PMRF's), as a config."""
+    import timm
+    from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+    from safetensors.torch import save_file
+
+    import teacher
+    from student import load_config
+
+    root = tmp_path_factory.mktemp("published")
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=96, attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        norm_num_groups=16,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(16, 16, 16, 16), norm_num_groups=8, down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, scaling_factor=0.18215,
+    )  # fmt: skip
+    schedule = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True)
+    for part, name in ((unet, "unet"), (vae, "vae"), (schedule, "scheduler")):
+        part.save_pretrained(root / "base" / name)
+    for name in ("clip", "dino"):
+        arch, size = "vit_tiny_patch16_224", {"img_size": 64, "embed_dim": 96, "depth": 1, "num_heads": 2}
+        vit = timm.create_model(arch, num_classes=0, **size)
+        (root / name).mkdir()
+        cfg = {"input_size": [3, 64, 64], "mean": [0.5] * 3, "std": [0.5] * 3, "num_classes": 0}
+        text = json.dumps({"architecture": arch, "num_classes": 0, "model_args": size, "pretrained_cfg": cfg})
+        (root / name / "config.json").write_text(text)
+        save_file(vit.state_dict(), root / name / "model.safetensors")
+    swinir = teacher.SwinIR(embed_dim=24, depths=[2], num_heads=[2], num_feat=8)
+    hdit = teacher.HDiT(3, 3, 4, [32, 64], [1, 1], [5, None], 32, 32, 1)
+    torch.nn.init.normal_(hdit.patch_out.proj.weight, std=0.1)
+    teacher.PMRF(swinir, hdit).save_pretrained(root / "teacher")
+    config = load_config("paper") | {
+        "preset": str(root), "stage": "published", "lr": 1e-3, "image_size": 64,
+        "teacher": str(root / "teacher"), "base": str(root / "base"), "lcm_lora": None,
+        "clip": {"name": str(root / "clip")}, "dino": {"name": str(root / "dino")}, "condition_channels": [16, 16, 16, 32],
+        "visual_encoder": {"nf": 32, "emb_dim": 17, "ch_mult": [1, 1, 2], "res_blocks": 1}, "lora_rank": 4,
+    }  # fmt: skip
+    (root / "config.json").write_text(json.dumps(config))  # so that the folder's name serves as a preset
+    return config
