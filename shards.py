@@ -1,0 +1,149 @@
+"""A cache on disk (paper Fig. 3 left): its shards written, read at random and verified. cache.py says what is in one.
+
+Pictures: (3, H, W) float32 in [0, 1], kept as lossless WebP of 8 bits a channel. Latents: (C, h, w), kept as float16.
+"""
+
+import bisect
+import hashlib
+import json
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from tqdm import tqdm
+
+import degrade
+from images import decode_image, write_bytes
+
+CHECKED = 8  # samples a shard whose latent `check` decodes
+MIN_PSNR = 18.0  # dB, decoded target latent against X†; two faces have at most about 16 to each other
+
+
+class CacheDataset(torch.utils.data.Dataset):
+    """A finished cache with random access, for any number of DataLoader workers.
+
+    `.meta`: the dict of meta.json. `[i]`: dict(z_lq, z_target (C, h, w) float32; y, x_target (3, H, W) float32 in [0, 1];
+    index int). `.record(i)`: source, its sha256, degradation parameters and teacher seed. ValueError if it is not finished.
+    """
+
+    def __init__(self, folder, meta=None):
+        self.folder, self.meta, self.files = Path(folder), meta or read_meta(folder), {}
+        self.ends = list(accumulate(shard["count"] for shard in self.meta["shards"]))
+
+    def __len__(self):
+        return self.meta["count"]
+
+    def __getitem__(self, i):
+        f, j = self.locate(i)
+        # by numpy, in one thread: torch would start its pool for each small tensor, in every worker
+        z_lq, z_target = (f.get_slice(name)[j].numpy().astype(np.float32) for name in ("z_lq", "z_target"))
+        z_lq, z_target = torch.from_numpy(z_lq), torch.from_numpy(z_target)
+        return dict(z_lq=z_lq, z_target=z_target, y=picture(f, "y", j), x_target=picture(f, "x", j), index=int(i))
+
+    def record(self, i):
+        f, j = self.locate(i)
+        return records_of(f)["samples"][j]
+
+    def locate(self, i):
+        if not 0 <= i < len(self):
+            raise IndexError(f"expected a sample 0 to {len(self) - 1}, got {i}")
+        k = bisect.bisect_right(self.ends, i)
+        if k not in self.files:  # opened (mapped into memory) at the first use, by each worker process for itself
+            self.files[k] = safe_open(self.folder / self.meta["shards"][k]["file"], "pt")
+        return self.files[k], i - self.ends[k] + self.meta["shards"][k]["count"]
+
+    def __getstate__(self):
+        return self.__dict__ | {"files": {}}
+
+
+def read_meta(folder):
+    """meta.json of a finished cache. ValueError if there is none, or if a shard is missing or of another size."""
+    folder = Path(folder)
+    if not (folder / "meta.json").is_file():
+        got = (
+            "an unfinished one: run the same cache.py again" if settings_of(folder) else "none: make one with cache.py"
+        )
+        raise ValueError(f"expected a finished cache in {folder}, got {got}")
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        sizes = {folder / shard["file"]: shard["bytes"] for shard in meta["shards"]}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"expected a cache in {folder}, got a foreign meta.json: make one with cache.py") from None
+    for path, size in sizes.items():
+        if not path.is_file() or path.stat().st_size != size:
+            raise ValueError(f"expected {size} bytes in {path}, got no or another file: delete {folder}, make it again")
+    return meta
+
+
+def picture(f, name, j):
+    """Picture j of an open shard, (3, H, W) float32 in [0, 1]; name: "y" or "x"."""
+    start, end = f.get_slice(f"{name}_offsets")[j : j + 2].tolist()
+    return decode_image(f.get_slice(f"{name}_bytes")[start:end].numpy().tobytes(), f"picture {name} {j} of the cache")
+
+
+def records_of(f):
+    return json.loads(f.metadata()["records"])
+
+
+def settings_of(folder):
+    path = Path(folder) / "settings.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def write_shard(path, batches):
+    """Writes what make_batch returned as one safetensors file, whole or not at all."""
+    records = {key: [r for batch in batches for r in batch[key]] for key in ("samples", "skipped")}
+    tensors = {}
+    for key in ("z_lq", "z_target"):
+        none = torch.zeros(0, 0, 0, 0, dtype=torch.float16)
+        tensors[key] = torch.cat([batch[key] for batch in batches if key in batch] or [none]).contiguous()
+    for key in ("y", "x"):
+        blobs = [blob for batch in batches for blob in batch[key]]
+        tensors[f"{key}_bytes"] = torch.from_numpy(np.frombuffer(b"".join(blobs), np.uint8).copy())
+        tensors[f"{key}_offsets"] = torch.tensor([0, *accumulate(map(len, blobs))])
+    write_bytes(path, save(tensors, {"records": json.dumps(records)}))
+
+
+def check(folder, meta, vae):
+    """Verifies a finished cache; yields one line a fault.
+
+    Each shard: sha256, number of samples, shapes, finite latents, pictures that decode to their size; and for the first
+    CHECKED samples of it the PSNR of the decoded target latent against X†, at least MIN_PSNR dB.
+    """
+    if meta["count"] != sum(shard["count"] for shard in meta["shards"]):
+        yield f"meta.json: expected the sum of the shards, got count {meta['count']}"
+    for shard in tqdm(meta["shards"], unit=" shards"):
+        path = Path(folder) / shard["file"]
+        if hashlib.sha256(path.read_bytes()).hexdigest() != shard["sha256"]:
+            yield f"{shard['file']}: expected the sha256 in meta.json, got another: the file was changed"
+        try:
+            with safe_open(path, "pt") as f:
+                yield from (
+                    f"{shard['file']}: {fault}" for fault in check_shard(f, shard["count"], meta["image_size"], vae)
+                )
+        except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as e:
+            yield f"{shard['file']}: cannot be read: {e}"
+
+
+def check_shard(f, n, S, vae):
+    from student import decode
+
+    z_lq, z_target, samples = f.get_tensor("z_lq"), f.get_tensor("z_target"), records_of(f)["samples"]
+    if not len(samples) == len(z_lq) == len(z_target) == n or z_lq.shape != z_target.shape:
+        yield f"expected {n} samples, got {len(samples)} with latents {tuple(z_lq.shape)}, {tuple(z_target.shape)}"
+        return
+    for j in range(n):
+        degrade.Params(**samples[j]["params"])
+        y, x = picture(f, "y", j), picture(f, "x", j)
+        if not y.shape == x.shape == (3, S, S):
+            yield f"sample {j}: expected pictures of {S} px, got {tuple(y.shape)}, {tuple(x.shape)}"
+        elif not (torch.isfinite(z_lq[j]).all() and torch.isfinite(z_target[j]).all()):
+            yield f"sample {j}: expected finite latents, got NaN or infinity"
+        elif j < CHECKED:
+            z = z_target[j : j + 1].float().to(next(vae.parameters()).device)
+            psnr = -10 * torch.log10((decode(vae, z)[0].clamp(0, 1).cpu() - x).square().mean())
+            if not psnr >= MIN_PSNR:
+                yield f"sample {j}: expected a latent that decodes to X† at {MIN_PSNR} dB or more, got {psnr:.1f} dB"
