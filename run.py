@@ -1,0 +1,198 @@
+"""One training run on one process: its batches, its networks, its log and checkpoints (paper Sec. 4; train.py's ground).
+
+The order of the pictures is a function of the seed alone, the sampler's position that of the step number: so a run goes on
+where it was, and N processes share the steps of one.
+"""
+
+import contextlib
+import json
+import os
+
+import torch
+import torch.nn as nn
+
+import checkpoint
+import images
+import losses
+from cache import CacheDataset
+from student import Student, load_config, locate, newest_checkpoint
+from teacher import PMRF
+
+SAMPLES = 6  # pictures in grid.png
+
+
+class Batches:
+    """Step s takes places s B ... (s + 1) B - 1 of an endless row of shuffled epochs; a process takes its share of them.
+
+    A function of (seed, step) alone: the sampler's position is the step number. Yields lists of indices, accumulate a step.
+    """
+
+    def __init__(self, n, batch, seed, first, last, rank=0, world=1, accumulate=1):
+        self.n, self.batch, self.seed, self.steps = n, batch, seed, range(first, last)
+        self.rank, self.parts = rank, (world, accumulate)
+
+    def __len__(self):
+        return len(self.steps) * self.parts[1]
+
+    def __iter__(self):
+        world, accumulate = self.parts
+        for step in self.steps:
+            places = range(step * self.batch, (step + 1) * self.batch)
+            share = [self.index(p) for p in places][self.rank * self.batch // world :][: self.batch // world]
+            size = len(share) // accumulate
+            yield from (share[i * size : (i + 1) * size] for i in range(accumulate))
+
+    def index(self, place):
+        epoch, i = divmod(place, self.n)
+        if getattr(self, "epoch", None) != epoch:
+            self.epoch = epoch
+            self.order = torch.randperm(
+                self.n, generator=torch.Generator().manual_seed(self.seed * 100003 + epoch)
+            ).tolist()
+        return self.order[i]
+
+
+class OneStep(nn.Module):
+    """The student's Eq. 5 as the forward of a module, which is what DistributedDataParallel can wrap."""
+
+    def __init__(self, student):
+        super().__init__()
+        self.student = student
+
+    def forward(self, z_y, y):
+        return self.student.step(z_y, y)
+
+
+def autocast(device):
+    """bf16 on a GPU (Sec. 4), float32 elsewhere."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+
+
+class Run:
+    """One training run on one process: its parts, its log, its checkpoints."""
+
+    def __init__(self, args):
+        self.args, self.rank, self.world = args, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        gpu = torch.cuda.is_available()
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
+        if args.batch % (self.world * args.accumulate):
+            raise ValueError(
+                f"expected --batch to be a multiple of processes x --accumulate, got {args.batch} "
+                f"and {self.world} x {args.accumulate}: change --batch"
+            )
+        self.data = CacheDataset(args.cache)
+        self.student = self.build()
+        args.lr = self.student.config["lr"] if args.lr is None else args.lr
+        self.student.to(self.device)
+        self.trained = self.student.set_stage(args.stage)
+        if args.checkpointing:
+            student = self.student
+            for part in (student.unet, student.spatial_encoder, student.vae):
+                if part._supports_gradient_checkpointing:  # all but the tiny preset's autoencoder
+                    part.enable_gradient_checkpointing()
+                    part.train()  # diffusers recomputes in training mode only; no layer here differs in it
+        self.ema = {name: p.detach().clone() for name, p in self.trained.items()}
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=args.lr, weight_decay=5e-5)
+        self.teacher = self.lpips_fn = None
+        if args.lambda_sgcl:
+            self.teacher = (
+                PMRF.from_pretrained(locate(self.student.config["teacher"])).to(self.device).requires_grad_(False)
+            )
+        if args.lambda_lpips or args.lambda_l1 or args.lambda_sgcl:
+            self.lpips_fn = losses.load_lpips().to(self.device)
+        self.one_step = OneStep(self.student)
+
+    def build(self):
+        """The student to train: published weights for Stage A, the Stage A checkpoint for Stage B; it must fit the cache."""
+        args, meta = self.args, self.data.meta
+        torch.manual_seed(args.seed)  # fresh layers: the same in every process
+        if args.stage == "A":
+            config = load_config(meta["preset"])
+            config["adapter"] = args.adapter or config["adapter"]
+            return Student.from_published(config)
+        config = load_config(newest_checkpoint(args.init))
+        if config["stage"] != "A":
+            raise ValueError(f"expected a Stage A checkpoint in --init {args.init}, got one of Stage {config['stage']}")
+        if config["preset"] != meta["preset"]:
+            raise ValueError(
+                f"expected a cache of preset {config['preset']!r}, that of {args.init}; got preset {meta['preset']!r} in "
+                f"{args.cache}: make a cache with --preset {config['preset']}"
+            )
+        if args.adapter not in (None, config["adapter"]):
+            raise ValueError(
+                f"expected --adapter {config['adapter']}, that of {args.init}; got {args.adapter}: leave it out"
+            )
+        return Student.load(args.init)
+
+    def loader(self, first):
+        """The batches of steps first + 1 ... args.steps for this process."""
+        batches = Batches(
+            len(self.data),
+            self.args.batch,
+            self.args.seed,
+            first,
+            self.args.steps,
+            self.rank,
+            self.world,
+            self.args.accumulate,
+        )
+        workers = 4 if self.device.type == "cuda" else 0
+        return torch.utils.data.DataLoader(
+            self.data, batch_sampler=batches, num_workers=workers, pin_memory=workers > 0
+        )
+
+    def settings(self):
+        """What must be equal for a run to go on; written into every checkpoint's config.json."""
+        names = ["stage", "steps", "batch", "seed", "lr", "sgcl_every", "sgcl_source"]
+        names += ["lambda_lat", "lambda_lpips", "lambda_l1", "lambda_sgcl"]
+        chosen = {name: getattr(self.args, name) for name in names}
+        origin = {"init": self.args.init and str(self.args.init), "adapter": self.student.config["adapter"]}
+        return {**chosen, **origin, "cache_seed": self.data.meta["seed"], "cache_samples": len(self.data)}
+
+    def save(self, step):
+        """A checkpoint of this step and the sample grid, by rank 0."""
+        if self.rank:
+            return
+
+        def fill(folder):
+            checkpoint.save_training(folder / "training.safetensors", self.trained, self.optimizer)
+            with checkpoint.averaged(self.trained, self.ema):
+                self.grid(self.args.out / "grid.png")
+                self.student.save(folder, **self.settings(), step=step, torch=torch.__version__)
+
+        checkpoint.write(self.args.out, step, fill)
+
+    def resume(self):
+        """Goes on from the newest checkpoint of --out, if there is one. Returns its step, or 0."""
+        found = checkpoint.steps_in(self.args.out)
+        if not found:
+            if self.args.resume:
+                raise FileNotFoundError(
+                    f"expected a checkpoint in {self.args.out}, found none: leave --resume out to begin"
+                )
+            return 0
+        checkpoint.check_settings(found[-1], self.settings())
+        self.student.load_trained(found[-1])
+        self.ema = {name: p.detach().clone() for name, p in self.trained.items()}
+        step = self.student.config["step"]
+        checkpoint.load_training(found[-1] / "training.safetensors", self.trained, self.optimizer, step)
+        return step
+
+    @torch.no_grad()
+    def grid(self, path):
+        """LQ | student | X†, a row for each of the first pictures of the cache."""
+        rows = [self.data[i] for i in range(min(SAMPLES, len(self.data)))]
+        y, x_target = (torch.stack([r[k] for r in rows]) for k in ("y", "x_target"))
+        with autocast(self.device):
+            x_hat = self.student(y.to(self.device)).float().cpu()
+        images.write_image(path, torch.cat([torch.cat(list(column), 1) for column in (y, x_hat, x_target)], 2))
+
+    def log(self, step, lr, raw, lambdas):
+        """One line of log.jsonl: the terms of Eq. 6, raw and weighted. Returns their sum."""
+        weighted = {name: lambdas[name] * value for name, value in raw.items()}
+        total = sum(weighted.values())
+        if not self.rank:
+            line = {"step": step, "lr": lr, "loss": total, "raw": raw, "weighted": weighted}
+            with open(self.args.out / "log.jsonl", "a") as f:
+                f.write(json.dumps(line) + "\n")
+        return total
