@@ -1,0 +1,100 @@
+"""The quality measures of Tab. 1-3: PSNR, SSIM, LPIPS, intervals over faces, and what other packages measure.
+
+Images: (B, 3, H, W) float32 in [0, 1], RGB, whole pictures (no border is cut off). One value a picture. FID, KID and precision
+(torch-fidelity) compare two folders; MUSIQ and NIQE (pyiqa) need no reference. Both packages are optional and fetch weights.
+
+Usage: psnr(x_hat, x), ssim(x_hat, x), mean_interval(psnr(x_hat, x))
+"""
+
+import importlib
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from losses import load_lpips
+
+PAIRED, SETS, NO_REFERENCE = ("psnr", "ssim", "lpips"), ("fid", "kid", "precision"), ("musiq", "niqe")
+
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio, 10 log10(1 / MSE) over all channels and pixels, in dB: (B, 3, H, W) twice -> (B,)."""
+    return -10 * ((a.double() - b.double()) ** 2).mean(dim=(1, 2, 3)).log10()
+
+
+def ssim(a, b, sigma=1.5, window=11, k=(0.01, 0.03)):
+    """Structural similarity (Wang et al. 2004), the mean over RGB and over the pixels with a whole window: -> (B,).
+
+    Gaussian window of 11 x 11, sigma 1.5, biased variances, data range 1: scikit-image's structural_similarity with
+    gaussian_weights=True, sigma=1.5, use_sample_covariance=False. ValueError for pictures smaller than the window.
+    """
+    if min(a.shape[2:]) < window:
+        raise ValueError(
+            f"expected at least {window}x{window} pixels for SSIM, got {tuple(a.shape[2:])}: enlarge the pictures"
+        )
+    g = torch.exp(-((torch.arange(window) - window // 2).double() ** 2) / (2 * sigma**2))
+    g = (g / g.sum()).to(a.device)
+    channels = a.shape[1]
+
+    def mean(x):  # weighted mean in each window: (B, 3, H, W) -> (B, 3, H - 10, W - 10)
+        x = F.conv2d(x, g.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
+        return F.conv2d(x, g.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
+
+    a, b = a.double(), b.double()
+    mu_a, mu_b = mean(a), mean(b)
+    var_a, var_b, cov = mean(a * a) - mu_a**2, mean(b * b) - mu_b**2, mean(a * b) - mu_a * mu_b
+    c_1, c_2 = k[0] ** 2, k[1] ** 2
+    s = (2 * mu_a * mu_b + c_1) * (2 * cov + c_2) / ((mu_a**2 + mu_b**2 + c_1) * (var_a + var_b + c_2))
+    return s.mean(dim=(1, 2, 3))
+
+
+def mean_interval(values, level=0.95, resamples=2000, seed=0):
+    """Mean and its bootstrap percentile interval: values of n faces -> (mean, low, high), the faces drawn with replacement."""
+    values = np.asarray(values, dtype=np.float64)
+    draws = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    low, high = np.quantile(values[draws].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    return float(values.mean()), float(low), float(high)
+
+
+class PictureMetrics:
+    """The wanted ones of PAIRED and NO_REFERENCE: call with x_hat and x (1, 3, H, W) -> {name: value}."""
+
+    def __init__(self, wanted, device):
+        self.functions = {"psnr": psnr, "ssim": ssim}
+        if "lpips" in wanted:
+            lpips_fn = load_lpips().to(device)
+            self.functions["lpips"] = lambda a, b: lpips_fn(a, b, normalize=True)
+        for name in set(wanted) & set(NO_REFERENCE):
+            metric = optional("pyiqa", name).create_metric(name, device=device)
+            self.functions[name] = lambda a, b, metric=metric: metric(a)
+        self.functions = {name: self.functions[name] for name in wanted if name in self.functions}
+
+    @torch.inference_mode()
+    def __call__(self, x_hat, x):
+        return {name: float(f(x_hat, x)) for name, f in self.functions.items()}
+
+
+def set_metrics(folder, reference, wanted, device):
+    """FID, KID and precision of the pictures in a folder against those in another: {name: value} of the wanted ones."""
+    keys = {"fid": "frechet_inception_distance", "kid": "kernel_inception_distance_mean", "precision": "precision"}
+    asked = {"fid": "fid" in wanted, "kid": "kid" in wanted, "prc": "precision" in wanted}
+    n = sum(1 for _ in folder.iterdir())
+    torch_fidelity = optional("torch_fidelity", "fid, kid and precision")
+    values = torch_fidelity.calculate_metrics(
+        input1=str(folder),
+        input2=str(reference),
+        cuda=device == "cuda",
+        kid_subset_size=min(1000, n),
+        verbose=False,
+        **asked,
+    )
+    return {name: float(values[key]) for name, key in keys.items() if name in wanted}
+
+
+def optional(package, what):
+    """An optional package, imported where it is used. ValueError with the pip command if it is not installed."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        pip = package.replace("_", "-")
+        raise ValueError(f"expected the package {pip} for {what}, which is not installed: pip install {pip}") from None

@@ -1,0 +1,52 @@
+"""How numbers are written down: titles and digits of the measures, Markdown tables, CSV files; nothing else."""
+
+import csv
+import io
+
+from images import write_bytes
+from metrics import mean_interval
+
+TITLES = {
+    "psnr": "PSNR ↑",
+    "ssim": "SSIM ↑",
+    "lpips": "LPIPS ↓",
+    "fid": "FID ↓",
+    "kid": "KID ↓",
+    "precision": "Precision ↑",
+}
+TITLES |= {"musiq": "MUSIQ ↑", "niqe": "NIQE ↓", "ms": "ms a face"}
+DIGITS = {"psnr": 2, "musiq": 2, "niqe": 2}  # the others have 4
+
+
+def interval(values, metric):
+    """The mean over faces with its 95 % interval, as text."""
+    mean, low, high = mean_interval(values)
+    d = DIGITS.get(metric, 4)
+    return f"{mean:.{d}f} [{low:.{d}f}, {high:.{d}f}]"
+
+
+def spread(values, metric):
+    """The mean over training seeds with the lowest and the highest, as text."""
+    d = DIGITS.get(metric, 4)
+    return f"{sum(values) / len(values):.{d}f} ({min(values):.{d}f} to {max(values):.{d}f})"
+
+
+def markdown(header, rows):
+    """A Markdown table: the first column is text, the others are numbers."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "".join("| " + " | ".join(str(c) for c in line) + " |\n" for line in lines)
+
+
+def write_csv(path, lines):
+    """A list of dicts with the same keys as CSV."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    write_text(path, text.getvalue())
+
+
+def write_text(path, text):
+    """Writes text as UTF-8, whole or not at all; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, text.encode())

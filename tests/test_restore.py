@@ -1,0 +1,286 @@
+"""restore.py: colour corrections against reference numbers, picture geometry, and what a user can do to the command."""
+
+import hashlib
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import images
+import restore
+
+ROOT = Path(__file__).resolve().parent.parent
+DEGRADED = ROOT / "samples" / "degraded"
+GOLDEN = load_file(Path(__file__).parent / "golden" / "restore_color_fix.safetensors")  # InterLCM's colour corrections
+MODELS = {}
+
+
+@pytest.fixture(autouse=True)
+def keep_models(monkeypatch):
+    """Each model is loaded once for all tests."""
+    load = restore.load_model
+    monkeypatch.setattr(restore, "load_model", lambda *a: MODELS[a] if a in MODELS else MODELS.setdefault(a, load(*a)))
+
+
+def run(*args):
+    """restore.py's main in this process -> exit code."""
+    return restore.main(restore.parse_args([str(a) for a in (*args, "--device", "cpu")]))
+
+
+def shell(*args):
+    return subprocess.run([sys.executable, ROOT / "restore.py", *map(str, args)], capture_output=True, text=True)
+
+
+def size(path):
+    with Image.open(path) as image:
+        return image.size
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def identity(size, x, color_fix="none"):
+    """What restore.py makes of x with a network that changes nothing."""
+    return restore.restore(lambda y: y, size, [x], color_fix)[0]
+
+
+# --- colour corrections
+
+
+def test_wavelet_color_fix_equals_the_reference():
+    x = restore.wavelet_color_fix(GOLDEN["content"], GOLDEN["style"])
+    assert (x - GOLDEN["wavelet"]).abs().max() < 1e-5
+
+
+def test_adain_color_fix_equals_the_reference():
+    x = restore.adain_color_fix(GOLDEN["content"], GOLDEN["style"])
+    assert (x - GOLDEN["adain"]).abs().max() < 1e-5
+
+
+def test_wavelet_color_fix_takes_colour_from_the_style_and_detail_from_the_content():
+    detail = torch.rand(1, 3, 64, 64)
+    x = restore.wavelet_color_fix(detail + 0.3, detail - 0.1)  # the two differ in colour alone
+    assert torch.allclose(x, detail - 0.1, atol=1e-6)
+
+
+def test_color_fixes_want_pictures_of_one_shape():
+    for fix in (restore.wavelet_color_fix, restore.adain_color_fix):
+        with pytest.raises(ValueError, match="one shape"):
+            fix(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 9))
+
+
+def test_color_fixes_are_importable_without_the_networks():
+    code = "import sys, restore; sys.exit(any(m in sys.modules for m in ('diffusers', 'transformers', 'timm', 'peft')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+# --- geometry
+
+
+def test_a_picture_of_the_networks_size_goes_through_unchanged():
+    x = torch.rand(3, 32, 32)
+    assert torch.equal(identity(32, x), x)
+
+
+@pytest.mark.parametrize(
+    "h, w, out", [(96, 64, (96, 64)), (20, 10, (32, 16)), (1, 1, (32, 32)), (1, 500, (1, 500)), (33, 32, (33, 32))]
+)
+def test_the_result_has_the_inputs_shape_and_a_long_side_of_at_least_s(h, w, out):
+    x = identity(32, torch.rand(3, h, w))
+    assert tuple(x.shape) == (3, *out) and x.min() >= 0 and x.max() <= 1
+
+
+def test_a_face_is_never_squashed_and_comes_back_in_its_place():
+    y, x = torch.meshgrid(torch.arange(120.0), torch.arange(80.0), indexing="ij")
+    disc = ((y - 50) ** 2 + (x - 30) ** 2 < 20**2).float().expand(3, -1, -1)
+    square = restore.to_square(disc, 60)
+    inside = square[0, :, 10:50] > 0.5  # 80 of 120 px become 40 of 60, with 10 of padding on either side
+    assert abs(inside.any(0).sum() - inside.any(1).sum()) <= 1  # as wide as high
+    assert (identity(60, disc) - disc).abs().mean() < 0.03
+
+
+def test_padding_mirrors_the_picture():
+    x = torch.rand(3, 8, 4)
+    square = restore.to_square(x, 8)
+    assert torch.equal(square[:, :, 2:6], x)
+    assert torch.equal(square[:, :, :2], x[:, :, :2].flip(2)) and torch.equal(square[:, :, 6:], x[:, :, 2:].flip(2))
+
+
+# --- which file is written where
+
+
+def test_plan_puts_results_beside_the_pictures_and_skips_earlier_results(tmp_path):
+    for name in ("a.png", "a_restored.png", "a_compare.png", "b/c.JPG"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert restore.plan([tmp_path]) == (
+        [(tmp_path / "a.png", tmp_path / "a_restored.png"), (tmp_path / "b/c.JPG", tmp_path / "b/c_restored.png")], []
+    )  # fmt: skip
+    pairs, _ = restore.plan([tmp_path, tmp_path / "a.png"], tmp_path / "out")  # given twice, done once
+    assert [t for _, t in pairs] == [tmp_path / "out/a_restored.png", tmp_path / "out/b/c_restored.png"]
+
+
+def test_plan_never_lets_two_pictures_or_an_input_be_overwritten(tmp_path):
+    for name in ("a.png", "a.jpg", "b.png", "b_restored.png", "c.png", "c_compare.png"):
+        (tmp_path / name).touch()
+    pairs, errors = restore.plan([tmp_path / "a.jpg", tmp_path / "a.png"])
+    assert [p.name for p, _ in pairs] == ["a.jpg"] and "a.png" in errors[0]
+    pairs, errors = restore.plan([tmp_path / "b.png", tmp_path / "b_restored.png"])
+    assert [p.name for p, _ in pairs] == ["b_restored.png"] and "b.png" in errors[0]
+    pairs, errors = restore.plan([tmp_path / "c.png", tmp_path / "c_compare.png"])
+    assert [p.name for p, _ in pairs] == ["c_compare.png"] and "c.png" in errors[0]
+    pairs, errors = restore.plan([tmp_path / "a.png"], tmp_path / "a.png")
+    assert not pairs and "a.png" in errors[0]
+
+
+def test_plan_wants_a_folder_for_several_pictures(tmp_path):
+    for name in ("a.png", "b.png", "notes.txt"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match="expected a folder"):
+        restore.plan([tmp_path], tmp_path / "out.png")
+    with pytest.raises(ValueError, match="expected a folder"):
+        restore.plan([tmp_path / "a.png"], tmp_path / "notes.txt")
+
+
+# --- the command, with the weights in tiny/
+
+
+def test_restores_a_sample_beside_it_and_leaves_it_alone(tmp_path, capsys):
+    picture = tmp_path / "face.png"
+    picture.write_bytes((DEGRADED / "medium" / "collins.png").read_bytes())
+    before = digest(picture)
+    assert run(picture, "--compare") == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["face.png", "face_compare.png", "face_restored.png"]
+    assert digest(picture) == before and size(tmp_path / "face_restored.png") == (512, 512)
+    both = images.read_image(tmp_path / "face_compare.png")
+    assert torch.equal(both[:, :, :512], images.read_image(picture))
+    assert torch.equal(both[:, :, 512:], images.read_image(tmp_path / "face_restored.png"))
+    assert "face.png 512x512 -> " in capsys.readouterr().out
+
+
+def test_the_student_sees_the_picture_and_keeps_its_colours(tmp_path):
+    """Nearer to the clean face in low frequencies than a picture of the mean colour, and not just the input again."""
+    y = images.read_image(DEGRADED / "medium" / "hopper.png")
+    run(DEGRADED / "medium" / "hopper.png", "-o", tmp_path / "x.png")
+    x_hat, x = (
+        restore.low_pass(images.read_image(p)[None]) for p in (tmp_path / "x.png", ROOT / "samples/clean/hopper.png")
+    )
+    assert (x_hat - x).square().mean() < 0.1 * (x - x.mean((2, 3), keepdim=True)).square().mean()
+    assert (images.read_image(tmp_path / "x.png") - y).abs().mean() > 0.005
+
+
+def test_same_bytes_out_whatever_the_batch_and_the_company(tmp_path):
+    assert run(DEGRADED, "-o", tmp_path / "all", "--batch", 4) == 0
+    assert run(DEGRADED / "light", "-o", tmp_path / "few") == 0
+    assert run(DEGRADED / "light" / "hopper.png", "-o", tmp_path / "one.png") == 0
+    everything = sorted(p.relative_to(tmp_path / "all").as_posix() for p in (tmp_path / "all").rglob("*.png"))
+    assert everything == [f"{l}/{n}_restored.png" for l in ("heavy", "light", "medium") for n in ("collins", "hopper")]
+    first = digest(tmp_path / "all" / "light" / "hopper_restored.png")
+    assert first == digest(tmp_path / "few" / "hopper_restored.png") == digest(tmp_path / "one.png")
+
+
+def test_teacher_depends_on_its_seed_and_the_posterior_mean_does_not_have_one(tmp_path):
+    picture = DEGRADED / "medium" / "hopper.png"
+    for name, options in {"a": [0], "b": [1], "c": [0]}.items():
+        assert (
+            run(picture, "-o", tmp_path / f"{name}.png", "--method", "teacher", "--steps", 2, "--seed", *options) == 0
+        )
+    assert digest(tmp_path / "a.png") == digest(tmp_path / "c.png") != digest(tmp_path / "b.png")
+    assert run(picture, "-o", tmp_path / "m.png", "--method", "mmse") == 0
+    assert digest(tmp_path / "m.png") != digest(tmp_path / "a.png")
+
+
+def test_color_fix_changes_the_result_and_wavelet_is_the_students_default(tmp_path):
+    picture = DEGRADED / "heavy" / "hopper.png"
+    for fix in ("wavelet", "adain", "none"):
+        run(picture, "-o", tmp_path / f"{fix}.png", "--color-fix", fix)
+    assert len({digest(p) for p in tmp_path.iterdir()}) == 3
+    run(picture, "-o", tmp_path / "default.png")
+    assert digest(tmp_path / "default.png") == digest(tmp_path / "wavelet.png")
+    for fix in ([], ["--color-fix", "none"]):  # the teacher's own colours
+        run(picture, "-o", tmp_path / f"mmse{len(fix)}.png", "--method", "mmse", *fix)
+    assert digest(tmp_path / "mmse0.png") == digest(tmp_path / "mmse2.png")
+
+
+def test_odd_pictures_are_restored_and_broken_ones_named(tmp_path, capsys):
+    face = Image.open(DEGRADED / "light" / "hopper.png")
+    pictures = {
+        "gray.png": face.convert("L"), "palette.png": face.convert("P"), "wide.jpg": face.crop((0, 100, 512, 300)),
+        "alpha.webp": face.convert("RGBA"), "small.png": face.resize((40, 50)), "dot.png": face.resize((1, 1)),
+        "big.jpg": face.resize((2100, 2500)), "thread.png": face.resize((2, 900)),
+    }  # fmt: skip
+    for name, image in pictures.items():
+        image.save(tmp_path / name)
+    data = (tmp_path / "gray.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
+    (tmp_path / "text.jpg").write_text("not a picture")
+    (tmp_path / "empty.png").touch()
+    before = {p: digest(p) for p in tmp_path.iterdir()}
+
+    assert run(tmp_path, tmp_path / "nowhere.png", "-o", tmp_path / "out") == 1
+    streams = capsys.readouterr()
+    assert len(streams.err.splitlines()) == 4 and len(streams.out.splitlines()) == 8
+    for name in ("cut.png", "text.jpg", "empty.png", "nowhere.png"):
+        assert name in streams.err
+    assert {p: digest(p) for p in before} == before
+    sizes = {p.name.replace("_restored.png", ""): size(p) for p in (tmp_path / "out").iterdir()}
+    assert sizes == {
+        "gray": (512, 512), "palette": (512, 512), "wide": (512, 200), "alpha": (512, 512), "small": (102, 128),
+        "dot": (128, 128), "big": (2100, 2500), "thread": (2, 900),
+    }  # fmt: skip
+
+
+def test_a_result_that_cannot_be_written_is_named_and_the_others_are_done(tmp_path, capsys):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes((DEGRADED / "light" / "hopper.png").read_bytes())
+    (tmp_path / "a_restored.png").mkdir()  # in the way
+    assert run(tmp_path) == 1
+    assert "a_restored.png" in capsys.readouterr().err and (tmp_path / "b_restored.png").is_file()
+    assert not list(tmp_path.glob(".*"))  # no temporary file is left
+
+
+def test_a_folder_without_pictures_is_an_error(tmp_path, capsys):
+    assert run(tmp_path) == 1
+    assert "expected pictures" in capsys.readouterr().err
+
+
+# --- the command from outside
+
+
+def test_help_answers_within_a_second():
+    start = time.perf_counter()
+    result = shell("-h")
+    assert time.perf_counter() - start < 1 and result.returncode == 0 and "--color-fix" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "args",
+    [[], ["a.png", "--color-fix", "blue"], ["a.png", "--batch", "0"], ["a.png", "--steps", "5"],
+     ["a.png", "--method", "mmse", "--seed", "1"], ["a.png", "--method", "teacher", "--seed", "-1"]],
+)  # fmt: skip
+def test_wrong_arguments_end_with_2(args):
+    result = shell(*args)
+    assert result.returncode == 2 and "restore.py: error: " in result.stderr and "Traceback" not in result.stderr
+
+
+def test_what_can_only_be_seen_later_ends_with_one_line_and_2(tmp_path, capsys):
+    picture = DEGRADED / "light" / "hopper.png"
+    for args in ([picture, "--checkpoint", tmp_path / "none"], [DEGRADED, "-o", tmp_path / "out.png"]):
+        assert run(*args) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("restore.py: expected") and len(error.splitlines()) == 1
+        assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_ends_with_one_line_and_130(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(restore, "read_image", interrupt)
+    assert run(DEGRADED) == 130 and len(capsys.readouterr().err.splitlines()) == 1
