@@ -1,0 +1,75 @@
+"""The embedded model: its autoencoder against numpy, its size, and the README's chain on the sample portraits."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import cache
+import restore
+import train
+from checkpoint import steps_in
+from images import read_image
+from tiny.autoencoder import PCAAutoencoder
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_autoencoder_starts_as_the_principal_components_of_patches():
+    """Before any training decode(encode(x)) is the rank-C reconstruction that numpy's SVD gives."""
+    x = 2 * torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 1
+    vae = PCAAutoencoder(latent_channels=5)
+    vae.fit_pca(x)
+    with torch.no_grad():
+        z = vae.encode(x).latent_dist.mode()
+        x_hat = vae.decode(z).sample
+    patches = x.reshape(6, 3, 4, 8, 4, 8).permute(0, 2, 4, 1, 3, 5).reshape(-1, 192).numpy().astype(np.float64)
+    mean = patches.mean(0)
+    u, s, v = np.linalg.svd(patches - mean, full_matrices=False)
+    rank5 = (u[:, :5] * s[:5]) @ v[:5] + mean
+    ours = x_hat.reshape(6, 3, 4, 8, 4, 8).permute(0, 2, 4, 1, 3, 5).reshape(-1, 192).numpy()
+    assert np.abs(ours - rank5).max() < 1e-4
+    assert z.shape == (6, 5, 4, 4)
+    assert z.permute(1, 0, 2, 3).reshape(5, -1).mean(1).abs().max() < 1e-4  # each channel is centred
+    std = z.permute(1, 0, 2, 3).reshape(5, -1).std(1).numpy()
+    component = s[:5] / np.sqrt(len(patches) - 1)
+    assert std == pytest.approx(np.sqrt(component) / np.sqrt(component.mean()), rel=1e-3)  # half-way to whitening
+
+
+def test_autoencoder_has_no_randomness():
+    vae = PCAAutoencoder(latent_channels=5)
+    x = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        d = vae.encode(x).latent_dist
+        assert torch.equal(d.mode(), d.sample())
+
+
+def test_a_clone_stays_quick():
+    weights = sum(p.stat().st_size for p in (ROOT / "tiny").rglob("*.safetensors"))
+    assert weights <= 40e6
+    assert not [p for p in (ROOT / "tiny").rglob("*") if p.suffix in {".pt", ".pth", ".ckpt", ".pkl", ".bin"}]
+
+
+def test_the_readmes_chain_on_the_sample_portraits(tmp_path):
+    """Folder of faces -> cache -> Stage A -> Stage B -> restored picture, with the commands' own main functions."""
+    assert (
+        cache.main(
+            cache.parse_args(["--data", str(ROOT / "samples" / "clean"), "--out", str(tmp_path / "c"), "--steps", "2"])
+        )
+        == 0
+    )
+    a, b, more = tmp_path / "a", tmp_path / "b", ["--cache", str(tmp_path / "c"), "--batch", "2", "--sgcl-every", "2"]
+    assert train.main(train.parse_args(["--stage", "A", "--out", str(a), "--steps", "6", "--lr", "5e-5", *more])) == 0
+    assert train.main(train.parse_args(["--stage", "B", "--init", str(a), "--out", str(b), "--steps", "2", *more])) == 0
+    log = [json.loads(line) for line in (a / "log.jsonl").read_text().splitlines()]
+    steady = [
+        sum(line["weighted"][term] for term in ("lat", "lpips", "l1")) for line in log
+    ]  # SGCL is in every other step
+    assert steady[-1] < steady[0]  # at a small rate, on the same two pictures in every step
+    assert json.loads((steps_in(b)[-1] / "config.json").read_text())["stage"] == "B"
+    lq = ROOT / "samples" / "degraded" / "medium" / "collins.png"
+    out = tmp_path / "restored.png"
+    assert restore.main(restore.parse_args([str(lq), "--checkpoint", str(b), "-o", str(out)])) == 0
+    assert read_image(out).shape == read_image(lq).shape and not torch.equal(read_image(out), read_image(lq))

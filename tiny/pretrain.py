@@ -1,0 +1,377 @@
+"""Makes what the paper takes as published, small: autoencoder, feature backbones, posterior mean, flow, base UNet.
+
+    python -m tiny.pretrain --data DIR vae clip dino posterior-mean flow unet
+
+From a folder of aligned faces, in this order (later parts use earlier ones). tiny/README.md has the commands, steps and
+figures of the weights in this folder. Everything works at 128 px and on two CPU cores; a CUDA GPU is used when there is one.
+
+    vae              tiny/base/vae    PCAAutoencoder: pixel loss alone, then LPIPS, with a little noise on the latents
+    clip             tiny/clip        ViT: the same face, degraded or clean, gets the same token (contrastive, as CLIP)
+    dino             tiny/dino        ViT: its token tells blur, downsampling, noise and JPEG quality apart
+    posterior-mean   tiny/teacher     SwinIR, Eq. 2
+    flow             tiny/teacher     HDiT, Eq. 3 with PMRF's source noise
+    unet             tiny/base/unet   latent denoiser (predicts eps, SD v1.5's schedule), context = CLIP tokens of the face
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SIZE = 128
+STEPS = {"vae": 1200, "clip": 400, "dino": 500, "posterior-mean": 1200, "flow": 1500, "unet": 1500}
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("parts", nargs="+", choices=list(STEPS), help="what to train, in this order")
+    p.add_argument("--data", type=Path, required=True, help="folder of aligned face pictures")
+    p.add_argument("--pool", type=Path, default=Path("runs/pool"), help="where the degraded training pairs are kept")
+    p.add_argument("--views", type=int, default=8, help="augmented and degraded views of each face in the pool")
+    p.add_argument("--out", type=Path, default=HERE, help="where the weights go")
+    p.add_argument("--steps", type=int, help="training steps, instead of each part's own number")
+    p.add_argument("--batch", type=int, default=16, help="pictures a step (four times as many for clip and dino)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--sigma-s", type=float, default=0.1, help="flow: noise on the posterior mean, sigma_s of PMRF")
+    p.add_argument("--go-on", action="store_true", help="posterior-mean, flow, unet: start from the weights in --out")
+    return p.parse_args(argv)
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # before torch is imported, so that -h answers at once
+
+import copy
+import math
+
+import numpy as np
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from diffusers import LCMScheduler, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+import degrade
+import images
+import losses
+import teacher
+from tiny.autoencoder import PCAAutoencoder
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+# --- the training pairs -------------------------------------------------------------------------------------------------
+
+
+def augment(picture, rng):
+    """A PIL face -> uint8 (3, 128, 128): mirrored or not, turned by up to 6 degrees, scaled, shifted, colours varied."""
+    side = picture.size[0]
+    padded = Image.fromarray(np.pad(np.asarray(picture), ((side // 8,) * 2, (side // 8,) * 2, (0, 0)), mode="reflect"))
+    centre = padded.size[0] / 2 + side * rng.uniform(-0.04, 0.04, 2)
+    half = side / 2 * rng.uniform(0.9, 1.06)
+    turned = padded.rotate(rng.uniform(-6, 6), Image.Resampling.BICUBIC, center=tuple(centre))
+    box = (centre[0] - half, centre[1] - half, centre[0] + half, centre[1] + half)
+    x = np.asarray(turned.resize((SIZE, SIZE), Image.Resampling.LANCZOS, box=box), dtype=np.float64)
+    if rng.random() < 0.5:
+        x = x[:, ::-1]
+    gray, gain, contrast, colour = x.mean(2, keepdims=True), *rng.uniform(0.9, 1.1, 3)
+    x = gray + colour * (x - gray)
+    x = gain * (x.mean() + contrast * (x - x.mean()))
+    return np.clip(np.rint(x), 0, 255).astype(np.uint8).transpose(2, 0, 1)
+
+
+def degradation_numbers(params):
+    """What the degradation token shall tell: log blur sigma, log downsampling, noise, JPEG quality, roughly in [-1, 1]."""
+    blur = math.log(math.sqrt(params.sigma_x * params.sigma_y) + 0.1)
+    return [blur, math.log(params.down), params.noise / 10 - 1, params.jpeg / 35 - 1.85]
+
+
+def make_pool(data, folder, views, seed):
+    """Writes hq.npy, lq.npy (N, 3, 128, 128) uint8 and numbers.npy (N, 4); view 0 of each face is the plain picture."""
+    faces = images.find_images([data])
+    if not faces:
+        raise ValueError(f"expected face pictures in {data}, found none: give a folder with png, jpg or webp files")
+    hq, lq, numbers = [], [], []
+    for i, path in enumerate(tqdm(faces, desc="pool")):
+        picture = Image.fromarray(images.to_uint8(images.read_image(path)).permute(1, 2, 0).numpy())
+        for view in range(views):
+            rng = np.random.default_rng([seed, i, view])
+            plain = np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.LANCZOS)).transpose(2, 0, 1)
+            x = augment(picture, rng) if view else plain
+            params = degrade.sample(rng, size=SIZE)
+            y = degrade.apply(torch.from_numpy(x.copy()).float() / 255, params)
+            hq.append(
+                x if not params.gray else images.to_uint8(degrade.to_gray(torch.from_numpy(x.copy()) / 255)).numpy()
+            )
+            lq.append(images.to_uint8(y).numpy())
+            numbers.append(degradation_numbers(params))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("hq", hq), ("lq", lq), ("numbers", np.float32(numbers))):
+        np.save(folder / f"{name}.npy", np.stack(rows))
+
+
+class Pool:
+    """The pairs on disk, read by index; pictures as float32 in [0, 1]. Derived arrays are made once and kept beside them."""
+
+    def __init__(self, args):
+        self.folder, self.rng = args.pool, np.random.default_rng(args.seed)
+        if not (self.folder / "numbers.npy").is_file():
+            make_pool(args.data, self.folder, args.views, args.seed)
+        self.size, self.views = len(self.array("hq")), args.views
+
+    def array(self, name):
+        return np.load(self.folder / f"{name}.npy", mmap_mode="r")
+
+    def get(self, name, index):
+        a = torch.from_numpy(self.array(name)[np.sort(index)].copy()).to(DEVICE)
+        return a.float() / 255 if a.dtype == torch.uint8 else a.float()
+
+    def batch(self, n):
+        """n indices of n different faces."""
+        faces = self.rng.permutation(self.size // self.views)[:n]
+        return faces * self.views + self.rng.integers(self.views, size=len(faces))
+
+    def forget(self, name):
+        (self.folder / f"{name}.npy").unlink(missing_ok=True)
+
+    @torch.no_grad()
+    def derive(self, name, source, function):
+        """Writes function(source pictures) as float16 under the name, over the whole pool; `forget` makes it new."""
+        path = self.folder / f"{name}.npy"
+        if path.is_file():
+            return
+        parts = [function(self.get(source, np.arange(i, min(i + 64, self.size)))).half().cpu().numpy()
+                 for i in tqdm(range(0, self.size, 64), desc=f"pool: {name}")]  # fmt: skip
+        np.save(path, np.concatenate(parts))
+
+
+# --- one training loop for all parts ------------------------------------------------------------------------------------
+
+
+def fit(name, model, loss_fn, steps, lr, save, decay=0.998):
+    """AdamW with warm-up and cosine decay; returns the exponential moving average of the model's weights.
+
+    loss_fn(step) -> (loss, dict of figures). save(average) every 200 steps and at the end, so that little is ever lost.
+    """
+    average = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    rate = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min(1, (s + 1) / 50) * (0.51 + 0.49 * math.cos(math.pi * s / steps))
+    )
+    with open(Path("runs") / f"tiny_{name}.jsonl", "w") as log:
+        for step in tqdm(range(1, steps + 1), desc=name, mininterval=10):
+            loss, figures = loss_fn(step)
+            if not torch.isfinite(loss):
+                raise ValueError(
+                    f"{name}: the loss is {loss.item()} at step {step}: lower the learning rate or change the seed"
+                )
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            rate.step()
+            with torch.no_grad():
+                for a, w in zip(average.parameters(), model.parameters(), strict=True):
+                    a.lerp_(w, 1 - min(decay, step / (step + 10)))
+            if step % 20 == 0:
+                log.write(json.dumps({"step": step, "loss": round(loss.item(), 5), **figures}) + "\n")
+                log.flush()
+            if step % 200 == 0 or step == steps:
+                save(average)
+    return average
+
+
+# --- the parts ----------------------------------------------------------------------------------------------------------
+
+
+def train_vae(args, pool, steps):
+    """Pixel loss alone for the first third, then LPIPS with it: with LPIPS from the start such nets stay grey and blurred."""
+    pool.forget("latents")
+    pool.forget("latents_lq")
+    vae = PCAAutoencoder().to(DEVICE)
+    vae.fit_pca(2 * pool.get("hq", pool.batch(512)) - 1)
+    lpips_fn = losses.load_lpips().to(DEVICE)
+
+    def loss_fn(step):
+        x = pool.get("hq", pool.batch(args.batch))
+        z = vae.encode(2 * x - 1).latent_dist.mode()
+        x_hat = (vae.decode(z + 0.05 * torch.randn_like(z)).sample + 1) / 2
+        l1, mse = F.l1_loss(x_hat, x), F.mse_loss(x_hat, x)
+        loss = l1 + 5 * mse
+        if step > steps // 3:
+            loss = loss + 0.15 * losses.lpips_loss(lpips_fn, x_hat, x)
+        return loss, {"psnr": round(-10 * math.log10(mse.item()), 2)}
+
+    fit("vae", vae, loss_fn, steps, 1e-3, lambda m: save_module(m, args.out / "base" / "vae"))
+
+
+def save_module(module, folder):
+    """A diffusers model as config.json + safetensors in float16."""
+    copy.deepcopy(module).half().save_pretrained(folder)
+
+
+VIT = (
+    "vit_tiny_r_s16_p8_224",
+    {"img_size": SIZE, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4, "num_classes": 0},
+)
+MEAN_STD = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+
+
+def save_vit(vit, folder):
+    """The layout that timm reads as local-dir:FOLDER."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name, model_args = VIT
+    config = {"architecture": name, "num_classes": 0, "model_args": model_args,
+              "pretrained_cfg": {"input_size": [3, SIZE, SIZE], "num_classes": 0, **MEAN_STD}}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file({k: v.half().contiguous() for k, v in vit.state_dict().items()}, folder / "model.safetensors")
+
+
+class WithHeads(nn.Module):
+    """A ViT and the linear heads that are thrown away after its training."""
+
+    def __init__(self, **heads):
+        super().__init__()
+        self.vit = timm.create_model(VIT[0], **VIT[1])
+        self.heads = nn.ModuleDict({name: nn.Linear(128, n) for name, n in heads.items()})
+
+    def forward(self, y):
+        return self.vit.forward_features(2 * y - 1)  # (B, 1 + 64, 128), the first token stands for the picture
+
+
+def train_clip(args, pool, steps):
+    """InfoNCE between two degraded or clean views of one face; patch tokens also tell the clean face's 4 x 4 thumbnails."""
+    pool.forget("captions")
+    net = WithHeads(match=64, thumbnail=48).to(DEVICE)
+
+    def loss_fn(step):
+        index = pool.batch(4 * args.batch)
+        x, y = pool.get("hq", index), pool.get("lq", index)
+        tokens, clean = net(y), net(x)
+        a, b = (F.normalize(net.heads["match"](t[:, 0]), dim=1) for t in (tokens, clean))
+        logits, same = a @ b.T / 0.1, torch.arange(len(a), device=a.device)
+        match = (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
+        thumbnails = F.unfold(F.avg_pool2d(x, 4), 4, stride=4).transpose(1, 2)  # (B, 64, 48)
+        thumb = F.mse_loss(net.heads["thumbnail"](tokens[:, 1:]), thumbnails)
+        right = (logits.argmax(1) == same).float().mean().item()
+        return match + 20 * thumb, {"matched": round(right, 3), "thumbnail_mse": round(thumb.item(), 5)}
+
+    fit("clip", net, loss_fn, steps, 5e-4, lambda m: save_vit(m.vit, args.out / "clip"))
+
+
+def train_dino(args, pool, steps):
+    """Regression of the degradation's numbers from the class token of the degraded picture."""
+    net = WithHeads(numbers=4).to(DEVICE)
+    variance = torch.from_numpy(pool.array("numbers")[:].var(0)).to(DEVICE)
+
+    def loss_fn(step):
+        index = pool.batch(4 * args.batch)
+        error = (net.heads["numbers"](net(pool.get("lq", index))[:, 0]) - pool.get("numbers", index)) ** 2 / variance
+        return error.mean(), {"r2": [round(1 - e, 2) for e in error.mean(0).tolist()]}
+
+    fit("dino", net, loss_fn, steps, 5e-4, lambda m: save_vit(m.vit, args.out / "dino"))
+
+
+SWINIR = {"embed_dim": 72, "depths": [4, 4, 4], "num_heads": [6, 6, 6], "num_feat": 32}
+HDIT = {"in_channels": 3, "out_channels": 3, "patch_size": 4, "widths": [64, 128, 192], "depths": [2, 2, 3],
+        "kernel_sizes": [7, 7, None], "d_head": 32, "mapping_width": 128, "mapping_depth": 1}  # fmt: skip
+
+
+def train_posterior_mean(args, pool, steps):
+    """Eq. 2: the network that minimises the squared error is the posterior mean."""
+    pool.forget("mmse")
+    fresh = lambda: teacher.PMRF(teacher.SwinIR(**SWINIR), teacher.HDiT(**HDIT))  # noqa: E731
+    pmrf = teacher.PMRF.from_pretrained(args.out / "teacher") if args.go_on else fresh()
+    swinir = pmrf.mmse_model.train().to(DEVICE)
+
+    def loss_fn(step):
+        index = pool.batch(args.batch)
+        loss = teacher.posterior_mean_loss(swinir, pool.get("lq", index), pool.get("hq", index))
+        return loss, {"psnr": round(-10 * math.log10(loss.item()), 2)}
+
+    save = lambda m: teacher.PMRF(m, pmrf.model, pmrf.sigma_s).save_pretrained(args.out / "teacher")  # noqa: E731
+    fit("posterior-mean", swinir, loss_fn, steps, 1e-3, save)
+
+
+def train_flow(args, pool, steps):
+    """Eq. 3: the velocity along the straight path from the noisy posterior mean to the clean face."""
+    pmrf = teacher.PMRF.from_pretrained(args.out / "teacher").to(DEVICE)
+    pool.derive("mmse", "lq", pmrf.posterior_mean)
+    hdit = (pmrf.model.train() if args.go_on else teacher.HDiT(**HDIT)).to(DEVICE)
+
+    def loss_fn(step):
+        index = pool.batch(args.batch)
+        x, x_mmse = pool.get("hq", index), pool.get("mmse", index)
+        t = (
+            torch.rand(1, device=DEVICE) + torch.arange(len(x), device=DEVICE) / len(x)
+        ) % 1  # uniform, spread over the batch
+        return teacher.flow_matching_loss(hdit, x_mmse, x, t, torch.randn_like(x), args.sigma_s), {}
+
+    save = lambda m: teacher.PMRF(pmrf.mmse_model, m, args.sigma_s).save_pretrained(args.out / "teacher")  # noqa: E731
+    fit("flow", hdit, loss_fn, steps, 6e-4, save)
+
+
+UNET = {"sample_size": SIZE // 8, "in_channels": 32, "out_channels": 32, "layers_per_block": 1,
+        "block_out_channels": [80, 112, 128], "norm_num_groups": 16,
+        "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+        "cross_attention_dim": 128, "attention_head_dim": 4}  # fmt: skip
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # SD v1.5's
+
+
+def train_unet(args, pool, steps):
+    """The base: eps predicted from alpha_t z + sigma_t eps at every t, given the CLIP tokens of the clean face as caption.
+
+    Half of each batch are degraded latents z_y in the place of noisy ones at tau = 499, eps then being what leads from z_y
+    to z: a base that has seen Gaussian noise alone takes the noise-free z_y of the student's one step for the noisy latent
+    of a face of 1 / alpha = 1.9 times the contrast, and Stage A has to undo that first.
+    """
+    vae = PCAAutoencoder.from_pretrained(args.out / "base" / "vae").to(DEVICE)
+    clip = timm.create_model(f"local-dir:{args.out / 'clip'}", pretrained=True).eval().to(DEVICE)
+    pool.derive("latents", "hq", lambda x: vae.encode(2 * x - 1).latent_dist.mode())
+    pool.derive("latents_lq", "lq", lambda y: vae.encode(2 * y - 1).latent_dist.mode())
+    pool.derive("captions", "hq", lambda x: F.pad(clip.forward_features(2 * x - 1), (0, 0, 0, 77 - 65)))
+    scheduler = LCMScheduler(**SCHEDULE)
+    scheduler.save_pretrained(args.out / "base" / "scheduler")
+    alpha, sigma = scheduler.alphas_cumprod[499] ** 0.5, (1 - scheduler.alphas_cumprod[499]) ** 0.5
+    base = args.out / "base"
+    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet") if args.go_on else UNet2DConditionModel(**UNET)
+    unet = unet.to(DEVICE).train()
+
+    def loss_fn(step):
+        index = pool.batch(args.batch)
+        z, caption = pool.get("latents", index), pool.get("captions", index)
+        caption = caption * (torch.rand(len(z), 1, 1, device=DEVICE) > 0.1)  # one in ten without caption
+        t, eps = torch.randint(1000, (len(z),), device=DEVICE), torch.randn_like(z)
+        z_t, half = scheduler.add_noise(z, eps, t), len(z) // 2
+        t[:half], z_t[:half] = 499, pool.get("latents_lq", index)[:half]
+        eps[:half] = (z_t[:half] - alpha * z[:half]) / sigma
+        error = ((unet(z_t, t, caption).sample - eps) ** 2).mean((1, 2, 3))
+        return error.mean(), {"gaussian": error[half:].mean().item(), "degraded": error[:half].mean().item()}
+
+    fit("unet", unet, loss_fn, steps, 5e-4, lambda m: save_module(m, args.out / "base" / "unet"))
+
+
+def main(args):
+    train = {"vae": train_vae, "clip": train_clip, "dino": train_dino,
+             "posterior-mean": train_posterior_mean, "flow": train_flow, "unet": train_unet}  # fmt: skip
+    try:
+        Path("runs").mkdir(exist_ok=True)
+        pool = Pool(args)
+        for part in args.parts:
+            torch.manual_seed(args.seed)
+            train[part](args, pool, args.steps or STEPS[part])
+    except (ValueError, OSError) as e:
+        print(f"pretrain.py: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("pretrain.py: stopped; the last saved weights are kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(ARGS))
