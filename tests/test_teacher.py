@@ -101,6 +101,25 @@ def test_eq2_the_minimiser_is_the_conditional_mean():
     assert loss.item() == pytest.approx(x.square().mean().item())
 
 
+def test_eq2_the_light_form_starts_as_the_identity_and_learns():
+    """num_feat 0: one convolution and a pixel shuffle, under the names of public SwinIR's "pixelshuffledirect"."""
+    torch.manual_seed(0)
+    net = SwinIR(12, [2], [2], num_feat=0)
+    x = torch.rand(2, 3, 64, 128)
+    y = (x + 0.3 * torch.rand(2, 3, 1, 1)).clamp(0, 1)
+    before = posterior_mean_loss(net, y, x)
+    assert worst(net(y), y) < 1e-6  # y - mean + 0 + mean
+    before.backward()
+    with torch.no_grad():
+        for p in net.parameters():
+            p -= 0.5 * p.grad
+    assert posterior_mean_loss(net, y, x) < 0.95 * before
+    tail = {
+        k: tuple(v.shape) for k, v in net.state_dict().items() if k.startswith(("upsample", "conv_last", "conv_up"))
+    }
+    assert tail == {"upsample.0.weight": (192, 12, 3, 3), "upsample.0.bias": (192,)}
+
+
 def test_eq3_path_runs_from_source_to_target_and_v_is_its_slope():
     source, target = torch.rand(2, 4, 3, 5, 5, dtype=torch.float64)
     ends = [path(source, target, torch.full((4,), t, dtype=torch.float64))[0] for t in (0.0, 1.0)]

@@ -9,9 +9,13 @@ import torch
 
 import cache
 import restore
+import student
+import teacher
 import train
 from checkpoint import steps_in
 from images import read_image
+from student import load_config
+from tiny import pretrain
 from tiny.autoencoder import PCAAutoencoder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,6 +54,31 @@ def test_a_clone_stays_quick():
     weights = sum(p.stat().st_size for p in (ROOT / "tiny").rglob("*.safetensors"))
     assert weights <= 40e6
     assert not [p for p in (ROOT / "tiny").rglob("*") if p.suffix in {".pt", ".pth", ".ckpt", ".pkl", ".bin"}]
+
+
+def test_every_part_can_be_rebuilt(tmp_path, monkeypatch):
+    """Two steps of each part, in the order of tiny/README.md, from the sample portraits alone; then the chain opens them."""
+    monkeypatch.chdir(tmp_path)  # logs go to runs/
+    command = [
+        "--data",
+        str(ROOT / "samples" / "clean"),
+        "--out",
+        "made",
+        "--views",
+        "2",
+        "--steps",
+        "2",
+        "--batch",
+        "2",
+    ]
+    parts = ["vae", "clip", "dino", "posterior-mean", "flow", "unet"]
+    assert pretrain.main(pretrain.parse_args(command + ["--lambda-lpips", "0.05", "--sigma-s", "0.05", *parts])) == 0
+    assert {p.name for p in (tmp_path / "runs").glob("*.jsonl")} == {f"tiny_{part}.jsonl" for part in parts}
+    pmrf = teacher.PMRF.from_pretrained(tmp_path / "made" / "teacher")
+    assert pmrf.sigma_s == 0.05 and pmrf.restore(torch.rand(1, 3, 128, 128), steps=1).shape == (1, 3, 128, 128)
+    config = {**load_config("tiny"), "base": "made/base", "clip": {"name": "made/clip"}, "dino": {"name": "made/dino"}}
+    monkeypatch.setattr(student, "ROOT", tmp_path)
+    assert student.Student.from_published(config)(torch.rand(1, 3, 128, 128)).shape == (1, 3, 128, 128)
 
 
 def test_the_readmes_chain_on_the_sample_portraits(tmp_path):

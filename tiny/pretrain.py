@@ -34,6 +34,10 @@ def parse_args(argv=None):
     p.add_argument("--batch", type=int, default=16, help="pictures a step (four times as many for clip and dino)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--sigma-s", type=float, default=0.1, help="flow: noise on the posterior mean, sigma_s of PMRF")
+    p.add_argument("--lambda-lpips", type=float, default=0.0, help="flow: weight of LPIPS at the end that v points to")
+    p.add_argument(
+        "--bf16", action="store_true", help="products in bfloat16: faster on a GPU and on CPUs with AVX512-BF16"
+    )
     p.add_argument("--go-on", action="store_true", help="posterior-mean, flow, unet: start from the weights in --out")
     return p.parse_args(argv)
 
@@ -120,7 +124,12 @@ class Pool:
         self.folder, self.rng = args.pool, np.random.default_rng(args.seed)
         if not (self.folder / "numbers.npy").is_file():
             make_pool(args.data, self.folder, args.views, args.seed)
-        self.size, self.views = len(self.array("hq")), args.views
+        self.size = len(self.array("hq"))
+        self.views, rest = divmod(self.size, len(images.find_images([args.data])))
+        if rest or self.views != args.views:
+            raise ValueError(
+                f"expected a pool of {args.views} views of {args.data} in {args.pool}, got another: delete it"
+            )
 
     def array(self, name):
         return np.load(self.folder / f"{name}.npy", mmap_mode="r")
@@ -151,7 +160,7 @@ class Pool:
 # --- one training loop for all parts ------------------------------------------------------------------------------------
 
 
-def fit(name, model, loss_fn, steps, lr, save, decay=0.998):
+def fit(name, model, loss_fn, steps, lr, save, bf16, decay=0.998):
     """AdamW with warm-up and cosine decay; returns the exponential moving average of the model's weights.
 
     loss_fn(step) -> (loss, dict of figures). save(average) every 200 steps and at the end, so that little is ever lost.
@@ -163,7 +172,8 @@ def fit(name, model, loss_fn, steps, lr, save, decay=0.998):
     )
     with open(Path("runs") / f"tiny_{name}.jsonl", "w") as log:
         for step in tqdm(range(1, steps + 1), desc=name, mininterval=10):
-            loss, figures = loss_fn(step)
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
+                loss, figures = loss_fn(step)
             if not torch.isfinite(loss):
                 raise ValueError(
                     f"{name}: the loss is {loss.item()} at step {step}: lower the learning rate or change the seed"
@@ -205,7 +215,7 @@ def train_vae(args, pool, steps):
             loss = loss + 0.15 * losses.lpips_loss(lpips_fn, x_hat, x)
         return loss, {"psnr": round(-10 * math.log10(mse.item()), 2)}
 
-    fit("vae", vae, loss_fn, steps, 1e-3, lambda m: save_module(m, args.out / "base" / "vae"))
+    fit("vae", vae, loss_fn, steps, 1e-3, lambda m: save_module(m, args.out / "base" / "vae"), args.bf16)
 
 
 def save_module(module, folder):
@@ -259,7 +269,7 @@ def train_clip(args, pool, steps):
         right = (logits.argmax(1) == same).float().mean().item()
         return match + 20 * thumb, {"matched": round(right, 3), "thumbnail_mse": round(thumb.item(), 5)}
 
-    fit("clip", net, loss_fn, steps, 5e-4, lambda m: save_vit(m.vit, args.out / "clip"))
+    fit("clip", net, loss_fn, steps, 5e-4, lambda m: save_vit(m.vit, args.out / "clip"), args.bf16)
 
 
 def train_dino(args, pool, steps):
@@ -272,12 +282,12 @@ def train_dino(args, pool, steps):
         error = (net.heads["numbers"](net(pool.get("lq", index))[:, 0]) - pool.get("numbers", index)) ** 2 / variance
         return error.mean(), {"r2": [round(1 - e, 2) for e in error.mean(0).tolist()]}
 
-    fit("dino", net, loss_fn, steps, 5e-4, lambda m: save_vit(m.vit, args.out / "dino"))
+    fit("dino", net, loss_fn, steps, 5e-4, lambda m: save_vit(m.vit, args.out / "dino"), args.bf16)
 
 
-SWINIR = {"embed_dim": 72, "depths": [4, 4, 4], "num_heads": [6, 6, 6], "num_feat": 32}
-HDIT = {"in_channels": 3, "out_channels": 3, "patch_size": 4, "widths": [64, 128, 192], "depths": [2, 2, 3],
-        "kernel_sizes": [7, 7, None], "d_head": 32, "mapping_width": 128, "mapping_depth": 1}  # fmt: skip
+SWINIR = {"embed_dim": 72, "depths": [4, 4, 4], "num_heads": [6, 6, 6], "num_feat": 0}
+HDIT = {"in_channels": 3, "out_channels": 3, "patch_size": 4, "widths": [64, 128, 192], "depths": [1, 2, 4],
+        "kernel_sizes": [7, None, None], "d_head": 32, "mapping_width": 128, "mapping_depth": 1}  # fmt: skip
 
 
 def train_posterior_mean(args, pool, steps):
@@ -293,7 +303,7 @@ def train_posterior_mean(args, pool, steps):
         return loss, {"psnr": round(-10 * math.log10(loss.item()), 2)}
 
     save = lambda m: teacher.PMRF(m, pmrf.model, pmrf.sigma_s).save_pretrained(args.out / "teacher")  # noqa: E731
-    fit("posterior-mean", swinir, loss_fn, steps, 1e-3, save)
+    fit("posterior-mean", swinir, loss_fn, steps, 1e-3, save, args.bf16)
 
 
 def train_flow(args, pool, steps):
@@ -301,17 +311,22 @@ def train_flow(args, pool, steps):
     pmrf = teacher.PMRF.from_pretrained(args.out / "teacher").to(DEVICE)
     pool.derive("mmse", "lq", pmrf.posterior_mean)
     hdit = (pmrf.model.train() if args.go_on else teacher.HDiT(**HDIT)).to(DEVICE)
+    lpips_fn = losses.load_lpips().to(DEVICE)
 
     def loss_fn(step):
         index = pool.batch(args.batch)
         x, x_mmse = pool.get("hq", index), pool.get("mmse", index)
-        t = (
-            torch.rand(1, device=DEVICE) + torch.arange(len(x), device=DEVICE) / len(x)
-        ) % 1  # uniform, spread over the batch
-        return teacher.flow_matching_loss(hdit, x_mmse, x, t, torch.randn_like(x), args.sigma_s), {}
+        t = (torch.rand(1, device=DEVICE) + torch.arange(len(x), device=DEVICE) / len(x)) % 1  # spread over the batch
+        x_t, v_t = teacher.path(x_mmse + args.sigma_s * torch.randn_like(x), x, t)
+        v = hdit(x_t, t).float()
+        flow = F.mse_loss(v, v_t)
+        if not args.lambda_lpips:
+            return flow, {}
+        lpips = losses.lpips_loss(lpips_fn, x_t + (1 - t).view(-1, 1, 1, 1) * v, x)
+        return flow + args.lambda_lpips * lpips, {"flow": round(flow.item(), 5), "lpips": round(lpips.item(), 4)}
 
     save = lambda m: teacher.PMRF(pmrf.mmse_model, m, args.sigma_s).save_pretrained(args.out / "teacher")  # noqa: E731
-    fit("flow", hdit, loss_fn, steps, 6e-4, save)
+    fit("flow", hdit, loss_fn, steps, 6e-4, save, args.bf16)
 
 
 UNET = {"sample_size": SIZE // 8, "in_channels": 32, "out_channels": 32, "layers_per_block": 1,
@@ -352,7 +367,7 @@ def train_unet(args, pool, steps):
         error = ((unet(z_t, t, caption).sample - eps) ** 2).mean((1, 2, 3))
         return error.mean(), {"gaussian": error[half:].mean().item(), "degraded": error[:half].mean().item()}
 
-    fit("unet", unet, loss_fn, steps, 5e-4, lambda m: save_module(m, args.out / "base" / "unet"))
+    fit("unet", unet, loss_fn, steps, 5e-4, lambda m: save_module(m, args.out / "base" / "unet"), args.bf16)
 
 
 def main(args):
