@@ -33,8 +33,12 @@ def l1_loss(x_hat, x_target):
 
 
 def lpips_loss(lpips_fn, x_hat, x_target):
-    """Learned perceptual distance (LPIPS, AlexNet) of x_hat to X†, L_lpips of Eq. 6; images in [0, 1]. A scalar."""
-    return lpips_fn(x_hat.float(), x_target.float(), normalize=True).mean()
+    """Learned perceptual distance (LPIPS, AlexNet) of x_hat to X†, L_lpips of Eq. 6; images in [0, 1]. A scalar.
+
+    In float32 under autocast too: it is small against the decoder, and compares features that are nearly equal.
+    """
+    with torch.autocast(x_hat.device.type, enabled=False):
+        return lpips_fn(x_hat.float(), x_target.float(), normalize=True).mean()
 
 
 def total_loss(terms, lambdas):

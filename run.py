@@ -4,7 +4,7 @@ The order of the pictures is a function of the seed alone, the sampler's positio
 where it was, and N processes share the steps of one.
 """
 
-import contextlib
+import hashlib
 import json
 import os
 
@@ -14,7 +14,7 @@ import torch.nn as nn
 import checkpoint
 import images
 import losses
-from cache import CacheDataset
+from cache import CacheDataset, weights_sha256
 from student import Student, load_config, locate, newest_checkpoint
 from teacher import PMRF
 
@@ -46,9 +46,7 @@ class Batches:
         epoch, i = divmod(place, self.n)
         if getattr(self, "epoch", None) != epoch:
             self.epoch = epoch
-            self.order = torch.randperm(
-                self.n, generator=torch.Generator().manual_seed(self.seed * 100003 + epoch)
-            ).tolist()
+            self.order = torch.randperm(self.n, generator=generator("order", self.seed, epoch)).tolist()
         return self.order[i]
 
 
@@ -63,9 +61,10 @@ class OneStep(nn.Module):
         return self.student.step(z_y, y)
 
 
-def autocast(device):
-    """bf16 on a GPU (Sec. 4), float32 elsewhere."""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+def generator(*key):
+    """A CPU generator whose numbers follow from the key alone, of any size: generator("sgcl", seed, step, picture)."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 
 class Run:
@@ -75,6 +74,8 @@ class Run:
         self.args, self.rank, self.world = args, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         gpu = torch.cuda.is_available()
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
+        if args.precision == "auto":
+            args.precision = "bf16" if gpu else "fp32"
         if args.batch % (self.world * args.accumulate):
             raise ValueError(
                 f"expected --batch to be a multiple of processes x --accumulate, got {args.batch} "
@@ -82,6 +83,7 @@ class Run:
             )
         self.data = CacheDataset(args.cache)
         self.student = self.build()
+        self.check_vae()
         args.lr = self.student.config["lr"] if args.lr is None else args.lr
         self.student.to(self.device)
         self.trained = self.student.set_stage(args.stage)
@@ -101,6 +103,10 @@ class Run:
         if args.lambda_lpips or args.lambda_l1 or args.lambda_sgcl:
             self.lpips_fn = losses.load_lpips().to(self.device)
         self.one_step = OneStep(self.student)
+
+    def autocast(self):
+        """Matrix products and convolutions in bf16 (Sec. 4), or nothing. Weights, latents, losses and EMA stay float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16")
 
     def build(self):
         """The student to train: published weights for Stage A, the Stage A checkpoint for Stage B; it must fit the cache."""
@@ -124,6 +130,15 @@ class Run:
             )
         return Student.load(args.init)
 
+    def check_vae(self):
+        """ValueError if the latents of the cache are not those of the student's VAE (Sec. 3.2: one shared encoder)."""
+        ours, theirs = weights_sha256(self.student.vae), self.data.meta["vae_sha256"]
+        if ours != theirs:
+            raise ValueError(
+                f"expected latents of the student's VAE (sha256 {ours[:12]}), {self.args.cache} holds those of another "
+                f"({theirs[:12]}): make the cache again"
+            )
+
     def loader(self, first):
         """The batches of steps first + 1 ... args.steps for this process."""
         batches = Batches(
@@ -143,11 +158,20 @@ class Run:
 
     def settings(self):
         """What must be equal for a run to go on; written into every checkpoint's config.json."""
-        names = ["stage", "steps", "batch", "seed", "lr", "sgcl_every", "sgcl_source"]
+        names = ["stage", "steps", "batch", "seed", "precision", "sgcl_every", "sgcl_source"]
         names += ["lambda_lat", "lambda_lpips", "lambda_l1", "lambda_sgcl"]
         chosen = {name: getattr(self.args, name) for name in names}
+        chosen["peak_lr"] = self.args.lr  # "lr" is the preset's default, which Stage B reads from Stage A's config.json
         origin = {"init": self.args.init and str(self.args.init), "adapter": self.student.config["adapter"]}
-        return {**chosen, **origin, "cache_seed": self.data.meta["seed"], "cache_samples": len(self.data)}
+        return {**chosen, **origin, **self.cache_identity()}
+
+    def cache_identity(self):
+        """What tells one cache from another: the settings that a reader knows, then the bytes of all its shards."""
+        meta = self.data.meta
+        shards = hashlib.sha256(" ".join(shard["sha256"] for shard in meta["shards"]).encode()).hexdigest()
+        known = {name: meta[name] for name in ("seed", "steps", "repeats", "count", "teacher_sha256", "vae_sha256")}
+        known |= {"ranges": meta["ranges"]["name"], "shards_sha256": shards}
+        return {f"cache_{name}": value for name, value in known.items()}
 
     def save(self, step):
         """A checkpoint of this step and the sample grid, by rank 0."""
@@ -183,7 +207,7 @@ class Run:
         """LQ | student | X†, a row for each of the first pictures of the cache."""
         rows = [self.data[i] for i in range(min(SAMPLES, len(self.data)))]
         y, x_target = (torch.stack([r[k] for r in rows]) for k in ("y", "x_target"))
-        with autocast(self.device):
+        with self.autocast():
             x_hat = self.student(y.to(self.device)).float().cpu()
         images.write_image(path, torch.cat([torch.cat(list(column), 1) for column in (y, x_hat, x_target)], 2))
 

@@ -175,12 +175,12 @@ def fuse_lcm_lora(unet, name):
 
 def encode(vae, x):
     """z = s E(2x - 1), the mean of the encoder's posterior: x (B, 3, H, W) in [0, 1] -> (B, C, H/8, W/8). Deterministic."""
-    return vae.config.scaling_factor * vae.encode(2 * x - 1).latent_dist.mode()
+    return vae.config.scaling_factor * vae.encode(2 * x - 1).latent_dist.mode().float()
 
 
 def decode(vae, z):
     """x = D(z / s), mapped from [-1, 1] to [0, 1] and not clipped: (B, C, h, w) -> (B, 3, 8h, 8w). With gradient."""
-    return (vae.decode(z / vae.config.scaling_factor).sample + 1) / 2
+    return (vae.decode(z / vae.config.scaling_factor).sample.float() + 1) / 2
 
 
 def vit_tokens(vit, y):

@@ -35,7 +35,13 @@ def parse_args(argv=None):
     p.add_argument(
         "--checkpointing", action="store_true", help="recompute activations in the backward pass: less memory"
     )
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument(
+        "--precision",
+        choices=["auto", "bf16", "fp32"],
+        default="auto",
+        help="of the networks' forward pass (auto: bf16 autocast on a GPU, as in Sec. 4, fp32 elsewhere)",
+    )
+    p.add_argument("--seed", type=seed, default=0, help="of fresh layers, the pictures' order and SGCL's t and noise")
     p.add_argument("--save-every", type=positive, default=200, metavar="N", help="steps between checkpoints")
     p.add_argument("--resume", action="store_true", help="insist on going on: no checkpoint in --out is then an error")
     p.add_argument("--lr", type=float, help="peak learning rate of AdamW (default: the preset's; paper: 2e-5)")
@@ -69,6 +75,12 @@ def natural(text):
     return int(text)
 
 
+def seed(text):
+    if not text.isdigit() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2**63 - 1, got {text!r}")
+    return int(text)
+
+
 def positive(text):
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
@@ -96,7 +108,7 @@ from tqdm import tqdm
 import checkpoint
 import losses
 import sgcl
-from run import Run, autocast
+from run import Run, generator
 from student import decode
 
 # --- the training step -----------------------------------------------------------------------------------------------------
@@ -113,7 +125,7 @@ def objective(one_step, student, teacher, lpips_fn, batch, step, args):
     terms["lpips"] = losses.lpips_loss(lpips_fn, x_hat, x_target)
     terms["l1"] = losses.l1_loss(x_hat, x_target)
     if args.lambda_sgcl and step % args.sgcl_every == 0:
-        g = [torch.Generator().manual_seed((args.seed * 1000003 + step) * 1000003 + i) for i in batch["index"].tolist()]
+        g = [generator("sgcl", args.seed, step, i) for i in batch["index"].tolist()]
         t, source = (v.to(x_hat.device) for v in sgcl.draw(sgcl.BANDS[args.stage], x_hat.shape[1:], g))
         if args.sgcl_source == "mmse":
             source = sgcl.mmse_source(teacher.posterior_mean(y), source, teacher.sigma_s)
@@ -132,8 +144,11 @@ def optimize(run, first):
         raw = dict.fromkeys(lambdas, 0.0)
         for part in range(1, args.accumulate + 1):
             batch = {k: v.to(run.device, non_blocking=True) for k, v in next(batches).items()}
-            with quiet(run.one_step, part < args.accumulate), autocast(run.device):
-                terms = objective(run.one_step, run.student, run.teacher, run.lpips_fn, batch, step, args)  # Eq. 5, 7-9
+            with quiet(run.one_step, part < args.accumulate):
+                with run.autocast():
+                    terms = objective(
+                        run.one_step, run.student, run.teacher, run.lpips_fn, batch, step, args
+                    )  # Eq. 5-9
                 check_finite(terms, step, args.out)
                 (losses.total_loss(terms, lambdas) / args.accumulate).backward()  # Eq. 6
             for name, value in terms.items():

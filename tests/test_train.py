@@ -157,6 +157,34 @@ def test_accumulation_and_recomputation_give_the_same_gradient(small_cache, tmp_
     assert gap(one, weights(tmp_path / "again"), "exp_avg") < 1e-6
 
 
+def test_bf16_keeps_weights_losses_ema_and_latents_in_float32(small_cache, tmp_path, monkeypatch):
+    """Only products are in bf16: close to the float32 step, not equal to it, and LPIPS is the very same function."""
+    kinds, lpips_inputs = {}, []
+
+    def spy(terms, *_):
+        kinds.update({name: value.dtype for name, value in terms.items()})
+
+    monkeypatch.setattr(train, "check_finite", spy)
+    real = train.losses.lpips_loss
+    monkeypatch.setattr(
+        train.losses, "lpips_loss", lambda f, a, b: (lpips_inputs.append((f, a.detach(), b)), real(f, a, b))[1]
+    )
+    for name in ("fp32", "bf16"):
+        run_here(
+            *arguments(small_cache, tmp_path / name, "--steps", "1", "--sgcl-every", "1", "--precision", name),
+        )
+    assert kinds == dict.fromkeys(("lat", "lpips", "l1", "sgcl"), torch.float32)
+    lpips_fn, x_hat, x_target = lpips_inputs[-1]
+    assert x_hat.dtype == torch.float32 and x_hat.to(torch.bfloat16).ne(x_hat).any()  # (x + 1) / 2 is in float32
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert real(lpips_fn, x_hat, x_target).item() == log(tmp_path / "bf16")[0]["raw"]["lpips"]
+    assert real(lpips_fn, x_hat, x_target).item() == pytest.approx(log(tmp_path / "bf16")[0]["raw"]["lpips"], rel=1e-6)
+    one, half = weights(tmp_path / "fp32"), weights(tmp_path / "bf16")
+    assert {v.dtype for v in half.values()} == {torch.float32}
+    a, b = (torch.cat([w[k].flatten() for k in sorted(w) if ":exp_avg." in k]) for w in (one, half))
+    assert 0.95 < torch.cosine_similarity(a, b, dim=0) and 0 < (a - b).norm() / a.norm() < 0.3
+
+
 def command(*argv, **env):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | env
     return subprocess.Popen(
