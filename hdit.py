@@ -59,14 +59,15 @@ def global_attention(q, k, v):
     return z.transpose(1, 2).unflatten(1, q.shape[1:3])
 
 
-def rotation(h, w, heads, d_head, device):
+def rotation(h, w, heads, d_head, device, dtype=torch.float32):
     """cos and sin, each (h, w, heads, d_head / 4), of the axial RoPE: angles of the row, then of the column.
 
     Positions are the cells' centres in a box whose longer side is [-1, 1] (so the mean of 2 x 2 is the centre of the
     merged token). Frequencies go from pi to 10 pi (excluded), evenly in the logarithm, dealt to the heads in turn.
     """
-    freqs = torch.linspace(math.log(math.pi), math.log(10 * math.pi), heads * d_head // 8 + 1, device=device)[:-1].exp()
-    row, col = ((2 * torch.arange(n, device=device) + 1 - n) / max(h, w) for n in (h, w))
+    first, last, like = math.log(math.pi), math.log(10 * math.pi), dict(device=device, dtype=dtype)
+    freqs = torch.linspace(first, last, heads * d_head // 8 + 1, **like)[:-1].exp()
+    row, col = (torch.arange(1 - n, n, 2, **like) / max(h, w) for n in (h, w))
     row, col = (p[:, None, None] * freqs.view(-1, heads).T for p in (row, col))  # (h or w, heads, d_head / 8)
     theta = torch.cat([row[:, None].expand(-1, w, -1, -1), col.expand(h, -1, -1, -1)], -1)
     return theta.cos(), theta.sin()
@@ -145,7 +146,8 @@ class Level(nn.ModuleList):
             self.append(nn.ModuleDict(dict(self_attn=attention, ff=FeedForward(width, AdaRMSNorm(width, cond_width)))))
 
     def forward(self, x, cond):
-        turn = rotation(*x.shape[1:3], x.shape[3] // self.d_head, self.d_head, x.device)
+        dtype = torch.promote_types(x.dtype, torch.float32)  # bfloat16 is too coarse for angles
+        turn = rotation(*x.shape[1:3], x.shape[3] // self.d_head, self.d_head, x.device, dtype)
         for layer in self:
             x = layer["ff"](layer["self_attn"](x, turn, cond), cond)
         return x

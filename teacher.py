@@ -13,6 +13,8 @@ Networks: SwinIR (Liang et al. 2021, as DifFace trained it), HDiT (Crowson et al
 """
 
 import json
+import pickle
+import re
 from pathlib import Path
 
 import safetensors.torch
@@ -67,18 +69,18 @@ class PMRF(nn.Module):
         return self.mmse_model(y).clamp(0, 1)
 
     def velocity(self, x_t, t):
-        """v(x_t, t) of Eq. 1, with gradient. x_t: (B, 3, H, W); t: in [0, 1], a number or (B,). Returns (B, 3, H, W)."""
+        """v(x_t, t) of Eq. 1, with gradient. x_t: (B, 3, H, W); t: in [0, 1], a number or (B,). Like x_t, dtype too."""
         t = torch.as_tensor(t, dtype=x_t.dtype, device=x_t.device)
         if t.ndim > 1 or t.numel() not in (1, len(x_t)):
             raise ValueError(f"expected one t, or one for each of {len(x_t)} pictures, got shape {tuple(t.shape)}")
-        return self.model(x_t, t.expand(len(x_t)))
+        return self.model(x_t, t.expand(len(x_t))).to(x_t.dtype)  # under autocast v is rounded, the sum of Eq. 4 is not
 
     @torch.no_grad()
     def transport(self, x_mmse, eps, steps=None, sigma_s=None, t_eps=None):
         """X_0 of Eq. 4, by `steps` left Euler steps of Eq. 1 from t_eps to 1, clipped to [0, 1] only at the end.
 
-        x_mmse: (B, 3, H, W) in [0, 1]; eps: the same shape, standard normal. Where the weights' config names no others,
-        steps 25, sigma_s 0.1, t_eps 0. ValueError for steps < 1.
+        x_mmse: (B, 3, H, W) in [0, 1]; eps: the same shape, standard normal. Default: 25 steps, and sigma_s 0.1, t_eps 0
+        where the config of the weights names no others. ValueError for steps < 1.
         """
         steps, sigma_s = self.steps if steps is None else steps, self.sigma_s if sigma_s is None else sigma_s
         t_eps = self.t_eps if t_eps is None else t_eps
@@ -93,29 +95,32 @@ class PMRF(nn.Module):
     def restore(self, y, steps=None, seed=0, sigma_s=None):
         """Posterior mean, then transport. y: (B, 3, H, W) in [0, 1] -> (B, 3, 8h, 8w) in [0, 1], the size SwinIR gives.
 
-        seed: one for every picture, or a sequence of one each. Noise is drawn for each picture alone, on the CPU, so that
-        a picture depends on the batch it is in by rounding only: batches of 1 and 8 differ by 2e-6 on a CPU.
+        seed: one for every picture, or a sequence of one each, whole numbers modulo 2^32. Noise is drawn for each picture
+        alone, on the CPU, so that a picture depends on the batch it is in by rounding only: 1 and 8 differ by 2e-6 there.
         """
         x_mmse = self.posterior_mean(y)
         seeds = list(seed) if hasattr(seed, "__len__") else [seed] * len(y)
         if len(seeds) != len(y):
             raise ValueError(f"expected one seed, or one for each of {len(y)} pictures, got {len(seeds)}")
-        eps = [torch.randn(x_mmse.shape[1:], generator=torch.Generator().manual_seed(int(s))) for s in seeds]
+        eps = [torch.randn(x_mmse.shape[1:], generator=torch.Generator().manual_seed(int(s) % 2**32)) for s in seeds]
         return self.transport(x_mmse, torch.stack(eps).to(x_mmse), steps, sigma_s)
 
     @classmethod
     def from_pretrained(cls, name_or_folder):
         """The teacher with published weights, float32, eval mode: a hub id, a folder like one, or a Lightning .ckpt.
 
+        steps stays the paper's 25: num_flow_steps in the files is what training was validated with (50 in PMRF's script).
         Raises FileNotFoundError for what is not there, ValueError for files that are cut, foreign or of other sizes.
         """
         source = Path(name_or_folder)
         try:
             config, weights, average = read_lightning(source) if source.suffix == ".ckpt" else read_repository(source)
+            if not isinstance(config, dict):
+                raise ValueError(f"settings of type {type(config).__name__} instead of a dict")
             with torch.device("meta"):
                 pmrf = cls(SwinIR(**sizes(config, "swinir")), HDiT(**sizes(config, "hdit")))
             pmrf.sigma_s = float(config.get("mmse_noise_std", pmrf.sigma_s))
-            pmrf.steps, pmrf.t_eps = int(config.get("num_flow_steps", pmrf.steps)), float(config.get("eps", pmrf.t_eps))
+            pmrf.t_eps = float(config.get("eps", pmrf.t_eps))
             if average is not None:
                 names = [f"model.{name}" for name, _ in pmrf.model.named_parameters()]
                 if len(average) != len(names):
@@ -125,12 +130,8 @@ class PMRF(nn.Module):
         except OSError:
             raise
         except Exception as e:  # a foreign file can fail in any way
-            lines = f"{e}".strip().splitlines() or [""]
-            got = lines[-1 if "state_dict" in lines[0] else 0].strip()[:300]  # of all keys that do not fit, the last
-            got = got if type(e) is ValueError else f"{type(e).__name__}: {got}"
-            raise ValueError(
-                f"{source}: expected PMRF as published, got {got}; check the download and the sizes"
-            ) from None
+            got = f"expected PMRF as published, got {one_line(e)}"
+            raise ValueError(f"{source}: {got}; check the download and the sizes") from None
         return pmrf.eval()
 
     def save_pretrained(self, folder, dtype=torch.float16):
@@ -163,14 +164,19 @@ def read_repository(path):
     if path.is_dir():
         files = [path / name for name in names]
         if missing := [f.name for f in files if not f.is_file()]:
-            raise FileNotFoundError(f"{path}: expected {names[0]} and {names[1]}, got no {' and no '.join(missing)}")
+            got = " and no ".join(missing)
+            raise FileNotFoundError(f"{path}: expected {names[0]} and {names[1]}, got no {got}: copy both there")
     else:
+        need = f"expected a folder, a .ckpt or a hub repository with {names[0]} and {names[1]} (published: 0.7 GB)"
+        if path.is_absolute() or len(path.parts) != 2:  # no owner/name
+            raise FileNotFoundError(f"{path}: {need}, got none of them: check the path")
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.utils import logging
 
+        logging.set_verbosity_error()  # without a network it would announce each retry
         try:
             files = [Path(hf_hub_download(str(path), name)) for name in names]
-        except Exception as e:  # offline, unknown, gated, no valid id: all the same to the user
-            need = f"expected a folder, a .ckpt or a hub repository with {names[0]} and {names[1]} (published: 0.7 GB)"
+        except Exception as e:  # offline, unknown, gated: all the same to the user
             raise FileNotFoundError(f"{path}: {need}, got {type(e).__name__}: online, run hf download {path}") from None
     config = json.loads(files[0].read_text())
     with safetensors.safe_open(files[1], "pt") as f:
@@ -179,8 +185,24 @@ def read_repository(path):
 
 def read_lightning(path):
     """config, weights, averaged parameters of the flow (a list in HDiT's order) from a training checkpoint."""
-    ckpt = torch.load(path, map_location="cpu", weights_only=True)
-    if missing := {"state_dict", "hyper_parameters", "ema"} - set(ckpt):
-        raise ValueError(f"a file without {', '.join(sorted(missing))}")
-    weights = {k: w for k, w in ckpt["state_dict"].items() if k.startswith(("model.", "mmse_model."))}
-    return ckpt["hyper_parameters"], weights, ckpt["ema"]["shadow_params"]
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a Lightning checkpoint, got no file: check the path")
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:  # its own text advises to load the file without that check, which may run code
+        found = re.search(r"GLOBAL (\S+)", str(e))
+        raise ValueError(f"{found[1]} in it, which could run code" if found else "no file of torch.save") from None
+    try:
+        config, average = ckpt["hyper_parameters"], list(ckpt["ema"]["shadow_params"])
+        weights = {k: w for k, w in ckpt["state_dict"].items() if k.startswith(("model.", "mmse_model."))}
+    except (LookupError, TypeError, AttributeError):
+        raise ValueError("a file without hyper_parameters, state_dict or ema.shadow_params") from None
+    return config, weights, average
+
+
+def one_line(error):
+    """What was wrong with a file, from whatever error it caused; of all keys that do not fit, the first and the last."""
+    lines = [line.strip()[:200] for line in str(error).splitlines()] or ["nothing in it"]
+    lines = dict.fromkeys((lines[1], lines[-1])) if "loading state_dict" in lines[0] else lines[:1]
+    kind = "" if type(error) in (ValueError, RuntimeError) else f"{type(error).__name__}: "
+    return kind + "; ".join(lines)

@@ -1,7 +1,11 @@
 """teacher.py with swinir.py and hdit.py: Eq. 1-4, numbers of the public PMRF code (golden/), loading of its files."""
 
+import argparse
 import json
+import logging
 import math
+import os
+import pickle
 import re
 from pathlib import Path
 
@@ -192,6 +196,7 @@ def test_noise_of_a_picture_depends_on_its_seed_alone():
     field = Field(lambda x, t: 0 * x)
     PMRF(nn.Identity(), field, sigma_s=0.2).restore(y[:1], steps=1, seed=5)
     assert torch.equal(field.seen[0][0], y[:1] + 0.2 * noise)
+    assert torch.equal(pmrf.restore(y, seed=-1), pmrf.restore(y, seed=2**70 - 1))  # the generator has 32 bits of seed
     with pytest.raises(ValueError, match="one seed"):
         pmrf.restore(y, seed=[1, 2])
 
@@ -303,8 +308,9 @@ def test_rotation_multiplies_by_complex_numbers_at_cell_centres(h, w):
         theta = np.concatenate([coarse[..., :1] * freqs[n::heads], coarse[..., 1:] * freqs[n::heads]], -1)
         pair = (want[0, :, :, n, :4] + 1j * want[0, :, :, n, 4:8]) * np.exp(1j * theta)
         want[0, :, :, n, :4], want[0, :, :, n, 4:8] = pair.real, pair.imag
-    ours = hdit.rotate(x, *hdit.rotation(h // 2, w // 2, heads, d_head, "cpu"))
-    assert worst(ours.double(), torch.from_numpy(want)) < 1e-5
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-13)):
+        ours = hdit.rotate(x.to(dtype), *hdit.rotation(h // 2, w // 2, heads, d_head, "cpu", dtype))
+        assert ours.dtype == dtype and worst(ours.double(), torch.from_numpy(want)) < tolerance
 
 
 def test_rotation_has_the_published_frequencies():
@@ -352,8 +358,25 @@ def test_networks_run_in_bfloat16():
     pmrf, y = small_pmrf(), torch.rand(1, 3, 64, 64)
     exact = pmrf.restore(y, steps=2)
     with torch.autocast("cpu", torch.bfloat16):
-        assert worst(pmrf.restore(y, steps=2).float(), exact) < 0.05
+        x_hat = pmrf.restore(y, steps=2)
+        assert pmrf.velocity(y, 0.5).dtype == torch.float32  # so that the sum of the steps is not rounded
+    assert 0 < (x_hat - exact).abs().mean() < 0.01  # the largest deviation depends on the CPU, up to 0.07
     assert pmrf.bfloat16().velocity(y.bfloat16(), 0.5).dtype == torch.bfloat16
+
+
+def test_networks_in_float64_round_to_float32_nowhere(monkeypatch):
+    """Angles are the only values that no dtype comes with; the other ones are rounded if a small change is lost."""
+    pmrf, y, rotation = small_pmrf().double(), torch.rand(1, 3, 64, 64, dtype=torch.float64), hdit.rotation
+    v = pmrf.velocity(y, 0.3)
+    monkeypatch.setattr(hdit, "rotation", lambda *a: rotation(*a[:5], torch.float64))
+    assert torch.equal(v, pmrf.velocity(y, 0.3))
+    for net in (
+        pmrf.posterior_mean,
+        lambda x: pmrf.velocity(x, 0.3),
+        lambda x: pmrf.velocity(y, 0.3 + (x - y)[0, 0, 0, 0]),
+    ):
+        small, large = (net(y + h) - net(y) for h in (1e-9, 2e-9))
+        assert small.dtype == torch.float64 and 0 < small.abs().max() < 1e-6 and worst(large, 2 * small) < 1e-12
 
 
 # ------------------------------------------------------------------------------- SwinIR
@@ -425,7 +448,7 @@ PUBLISHED = {"arch": "hdit_ImageNet256Sp4", "mmse_model_arch": "swinir_L", "stag
 
 def published(pmrf):
     """config, state_dict of a small teacher as the public code would write them, with its metrics and its buffers."""
-    config = PUBLISHED | {"mmse_noise_std": 0.2, "num_flow_steps": 3, "eps": 0.0, "betas": [0.9, 0.95]}
+    config = PUBLISHED | {"mmse_noise_std": 0.2, "num_flow_steps": 50, "eps": 0.1, "betas": [0.9, 0.95]}
     config |= {"hdit": pmrf.model.config, "swinir": pmrf.mmse_model.config}
     state = dict(pmrf.state_dict()) | {"fid.inception.conv.weight": torch.ones(3), "inception_score.x": torch.ones(2)}
     state["model.aug_emb.weight"] = torch.randn(8, 9)
@@ -454,8 +477,9 @@ def refused(source, error, *words):
 def test_load_a_published_folder(tmp_path):
     pmrf, y = small_pmrf(), torch.rand(1, 3, 64, 64)
     loaded = PMRF.from_pretrained(write_folder(tmp_path / "hub", *published(pmrf)))
-    assert (loaded.sigma_s, loaded.steps, loaded.t_eps, loaded.training) == (0.2, 3, 0.0, False)
-    assert torch.equal(loaded.restore(y), pmrf.restore(y, steps=3, sigma_s=0.2))
+    assert (loaded.sigma_s, loaded.steps, loaded.t_eps, loaded.training) == (0.2, 25, 0.1, False)
+    pmrf.t_eps = 0.1
+    assert torch.equal(loaded.restore(y, steps=3), pmrf.restore(y, steps=3, sigma_s=0.2))
 
 
 def test_load_from_the_hub(tmp_path, monkeypatch):
@@ -468,7 +492,7 @@ def test_load_from_the_hub(tmp_path, monkeypatch):
         return str(folder / name)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert PMRF.from_pretrained("someone/teacher").steps == 3
+    assert PMRF.from_pretrained("someone/teacher").sigma_s == 0.2
     assert asked == [("someone/teacher", "config.json"), ("someone/teacher", "model.safetensors")]
 
 
@@ -479,6 +503,9 @@ def test_offline_hub_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     name = "ohayonguy/PMRF_blind_face_image_restoration"
     refused(name, FileNotFoundError, name, "model.safetensors", "0.7 GB", f"hf download {name}")
+    assert huggingface_hub.logging.get_verbosity() >= logging.ERROR  # online, its retries would be twelve lines
+    for place in (tmp_path / "nowhere", "nowhere", "runs/a/nowhere"):  # none of them owner/name
+        refused(place, FileNotFoundError, "nowhere", "check the path")
 
 
 def test_sizes_are_the_published_ones_unless_config_has_others(tmp_path):
@@ -509,6 +536,8 @@ def test_broken_folders_are_one_line(tmp_path):
     refused(good, ValueError, "JSON")
     (good / "config.json").write_text('{"hdit": {"width": 3}}')
     refused(good, ValueError, "width")
+    (good / "config.json").write_text("[]")
+    refused(good, ValueError, "list instead of a dict")
     (good / "config.json").unlink()
     refused(good, FileNotFoundError, "config.json")
 
@@ -526,20 +555,32 @@ def test_load_a_lightning_checkpoint_with_its_average(tmp_path):
     pmrf, y = small_pmrf(), torch.rand(1, 3, 64, 64)
     torch.save(lightning(pmrf), tmp_path / "last.ckpt")
     loaded = PMRF.from_pretrained(str(tmp_path / "last.ckpt"))
-    assert loaded.steps == 3 and torch.equal(loaded.restore(y, seed=4), pmrf.restore(y, 3, seed=4, sigma_s=0.2))
+    pmrf.t_eps = 0.1
+    assert torch.equal(loaded.restore(y, 3, seed=4), pmrf.restore(y, 3, seed=4, sigma_s=0.2))
 
 
-class Foreign:
-    """Anything that would need code to unpickle."""
+class Code:
+    """Runs when it is unpickled without care."""
+
+    def __reduce__(self):
+        return os.mkdir, ("code was run",)
 
 
-def test_broken_checkpoints_are_one_line(tmp_path):
+def test_broken_checkpoints_are_one_line(tmp_path, monkeypatch):
     file, ckpt = tmp_path / "x.ckpt", lightning(small_pmrf())
-    refused(file, FileNotFoundError, "x.ckpt")
-    torch.save(ckpt | {"callbacks": Foreign()}, file)
-    refused(file, ValueError, "x.ckpt", "Weights only")
-    torch.save({k: v for k, v in ckpt.items() if k != "ema"}, file)
-    refused(file, ValueError, "without ema")
+    monkeypatch.chdir(tmp_path)
+    refused(file, FileNotFoundError, "x.ckpt", "check the path")
+    for odd in (Code(), argparse.Namespace(arch="hdit")):
+        for whole in (True, False):
+            torch.save(ckpt | {"callbacks": odd}, file, _use_new_zipfile_serialization=whole)
+            refused(file, ValueError, "x.ckpt", "mkdir" if isinstance(odd, Code) else "argparse.Namespace")
+    file.write_bytes(pickle.dumps(Code(), protocol=2))
+    refused(file, ValueError, "x.ckpt")
+    assert not Path("code was run").exists()
+    without = [{k: v for k, v in ckpt.items() if k != gone} for gone in ("ema", "state_dict", "hyper_parameters")]
+    for odd in (*without, [], ckpt["state_dict"], ckpt | {"ema": {"shadow_params": None}}):
+        torch.save(odd, file)
+        refused(file, ValueError, "without hyper_parameters, state_dict or ema.shadow_params")
     short = ckpt["ema"] | {"shadow_params": ckpt["ema"]["shadow_params"][1:]}
     torch.save(ckpt | {"ema": short}, file)
     refused(file, ValueError, "averaged parameters")
@@ -554,7 +595,7 @@ def test_broken_checkpoints_are_one_line(tmp_path):
 
 
 def test_save_then_load(tmp_path):
-    pmrf, y = small_pmrf(sigma_s=0.15, steps=2), torch.rand(1, 3, 64, 64)
+    pmrf, y = small_pmrf(sigma_s=0.15, t_eps=0.2), torch.rand(1, 3, 64, 64)
     pmrf.save_pretrained(tmp_path / "half")
     pmrf.save_pretrained(tmp_path / "half")  # once more, over the first
     assert sorted(f.name for f in (tmp_path / "half").iterdir()) == ["config.json", "model.safetensors"]
@@ -564,9 +605,9 @@ def test_save_then_load(tmp_path):
         and saved["model.patch_in.proj.weight"].dtype == torch.float16
     )
     loaded = PMRF.from_pretrained(tmp_path / "half")
-    assert (loaded.sigma_s, loaded.steps) == (0.15, 2)
+    assert loaded.sigma_s == 0.15
     for (name, a), b in zip(pmrf.named_parameters(), loaded.parameters(), strict=True):
         assert torch.equal(a.half().float(), b) and b.requires_grad, name
     pmrf.save_pretrained(tmp_path / "exact", torch.float32)
-    assert torch.equal(PMRF.from_pretrained(tmp_path / "exact").restore(y), pmrf.restore(y))
+    assert torch.equal(PMRF.from_pretrained(tmp_path / "exact").restore(y, 2), pmrf.restore(y, 2))
     F.mse_loss(loaded.velocity(y, 0.5), y).backward()  # loaded weights can be trained on
