@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import cache
 import restore
@@ -13,10 +14,11 @@ import student
 import teacher
 import train
 from checkpoint import steps_in
-from images import read_image
+from images import read_image, square, to_uint8
 from student import load_config
 from tiny import pretrain
 from tiny.autoencoder import PCAAutoencoder
+from tiny.pool import VIEWS, Pool, make_pair
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -59,26 +61,46 @@ def test_a_clone_stays_quick():
 def test_every_part_can_be_rebuilt(tmp_path, monkeypatch):
     """Two steps of each part, in the order of tiny/README.md, from the sample portraits alone; then the chain opens them."""
     monkeypatch.chdir(tmp_path)  # logs go to runs/
-    command = [
-        "--data",
-        str(ROOT / "samples" / "clean"),
-        "--out",
-        "made",
-        "--views",
-        "2",
-        "--steps",
-        "2",
-        "--batch",
-        "2",
-    ]
+    command = ["--data", str(ROOT / "samples" / "clean"), "--out", "made", "--steps", "2", "--batch", "2"]
     parts = ["vae", "clip", "dino", "posterior-mean", "flow", "unet"]
-    assert pretrain.main(pretrain.parse_args(command + ["--lambda-lpips", "0.05", "--sigma-s", "0.05", *parts])) == 0
+    assert pretrain.main(pretrain.parse_args(command + ["--sigma-s", "0.05", "--bf16", *parts])) == 0
     assert {p.name for p in (tmp_path / "runs").glob("*.jsonl")} == {f"tiny_{part}.jsonl" for part in parts}
     pmrf = teacher.PMRF.from_pretrained(tmp_path / "made" / "teacher")
     assert pmrf.sigma_s == 0.05 and pmrf.restore(torch.rand(1, 3, 128, 128), steps=1).shape == (1, 3, 128, 128)
     config = {**load_config("tiny"), "base": "made/base", "clip": {"name": "made/clip"}, "dino": {"name": "made/dino"}}
     monkeypatch.setattr(student, "ROOT", tmp_path)
     assert student.Student.from_published(config)(torch.rand(1, 3, 128, 128)).shape == (1, 3, 128, 128)
+
+
+def test_the_pool_gives_pictures_in_the_order_asked_for(tmp_path):
+    """A batch is random in every part of it: were it sorted, the first half would always be the first faces."""
+    pool = Pool(ROOT / "samples" / "clean", tmp_path, 0, "cpu")
+    pool.restart(0)
+    index = np.array([VIEWS + 3, 2])
+    assert torch.equal(pool.get("lq", index), pool.get("lq", index[::-1].copy()).flip(0))
+    firsts = {int(pool.batch(2)[0]) // VIEWS for _ in range(20)}
+    assert firsts == {0, 1}  # either face may come first
+    assert sorted(pool.batch(9) // VIEWS) == [0, 1]  # no face twice in a batch
+
+
+def test_the_pools_pairs_are_one_face_clean_and_degraded(tmp_path):
+    """Even views from the wide ranges, odd ones from the milder; the same seed gives the same bytes, another is refused."""
+    pool = Pool(ROOT / "samples" / "clean", tmp_path, 0, "cpu")
+    hq, lq = (pool.get(name, np.arange(2 * VIEWS)) for name in ("hq", "lq"))
+    psnr = -10 * ((hq - lq) ** 2).mean((1, 2, 3)).log10()
+    assert psnr[1::2].mean() > psnr[::2].mean() + 1 and psnr.min() > 8
+    collins = square(read_image(ROOT / "samples" / "clean" / "collins.png"), 512)
+    picture = Image.fromarray(to_uint8(collins).permute(1, 2, 0).numpy())
+    again = [make_pair(picture, 0, 0, view) for view in range(VIEWS)]
+    assert all(np.array_equal(x, pool.array("hq")[v]) and np.array_equal(y, pool.array("lq")[v])
+               for v, (x, y, _) in enumerate(again))  # fmt: skip
+    plain = to_uint8(torch.from_numpy(np.asarray(picture.resize((128, 128), Image.Resampling.LANCZOS)) / 255.0))
+    assert torch.equal(plain.permute(2, 0, 1), torch.from_numpy(pool.array("hq")[0].copy()))
+    with pytest.raises(ValueError, match="another one"):
+        Pool(ROOT / "samples" / "clean", tmp_path, 1, "cpu")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="found none"):
+        Pool(tmp_path / "empty", tmp_path, 0, "cpu")
 
 
 def test_the_readmes_chain_on_the_sample_portraits(tmp_path):

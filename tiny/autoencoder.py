@@ -1,4 +1,4 @@
-"""The tiny preset's autoencoder: 3 x 128 x 128 -> 32 x 16 x 16, with the encode / decode interface of diffusers' VAE.
+"""The tiny preset's autoencoder: 3 x 128 x 128 -> 48 x 16 x 16, with the encode / decode interface of diffusers' VAE.
 
 SD v1.5's VAE keeps 4 channels at a factor of 8, which at 128 px loses too much of a face. This one starts as a linear
 projection of 8 x 8 patches on their principal components (a "learnt JPEG"), and convolutions whose last layers start at zero
@@ -40,7 +40,7 @@ class PCAAutoencoder(ModelMixin, ConfigMixin):
     config_name = "config.json"
 
     @register_to_config
-    def __init__(self, latent_channels=32, widths=(112, 72, 32), depths=(2, 2, 2), scaling_factor=1.0):
+    def __init__(self, latent_channels=48, widths=(64, 48, 32), depths=(2, 2, 2), scaling_factor=1.0):
         super().__init__()
         w16, w32, w64 = widths  # channels at 1/8, 1/4 and 1/2 of the resolution
         d16, d32, d64 = depths

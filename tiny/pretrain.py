@@ -1,9 +1,11 @@
 """Makes what the paper takes as published, small: autoencoder, feature backbones, posterior mean, flow, base UNet.
 
-    python -m tiny.pretrain --data DIR vae clip dino posterior-mean flow unet
+    python -m tiny.pretrain --data DIR vae clip dino unet
+    python -m tiny.pretrain --data DIR posterior-mean flow
 
-From a folder of aligned faces, in this order (later parts use earlier ones). tiny/README.md has the commands, steps and
-figures of the weights in this folder. Everything works at 128 px and on two CPU cores; a CUDA GPU is used when there is one.
+From a folder of aligned faces; in each line later parts use earlier ones, and the two can run side by side once the first
+has made the pool of training pairs (runs/pool). tiny/README.md has the commands and figures of the weights in this folder.
+Everything works at 128 px and on two CPU cores; a CUDA GPU is used when there is one.
 
     vae              tiny/base/vae    PCAAutoencoder: pixel loss alone, then LPIPS, with a little noise on the latents
     clip             tiny/clip        ViT: the same face, degraded or clean, gets the same token (contrastive, as CLIP)
@@ -19,27 +21,40 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SIZE = 128
-STEPS = {"vae": 1200, "clip": 400, "dino": 500, "posterior-mean": 1200, "flow": 1500, "unet": 1500}
+# part: training steps, pictures a step
+RECIPE = {
+    "vae": (800, 8),
+    "clip": (300, 64),
+    "dino": (400, 64),
+    "posterior-mean": (3000, 8),
+    "flow": (4000, 8),
+    "unet": (3600, 16),
+}
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("parts", nargs="+", choices=list(STEPS), help="what to train, in this order")
+    p.add_argument("parts", nargs="+", choices=list(RECIPE), help="what to train, in this order")
     p.add_argument("--data", type=Path, required=True, help="folder of aligned face pictures")
-    p.add_argument("--pool", type=Path, default=Path("runs/pool"), help="where the degraded training pairs are kept")
-    p.add_argument("--views", type=int, default=8, help="augmented and degraded views of each face in the pool")
     p.add_argument("--out", type=Path, default=HERE, help="where the weights go")
-    p.add_argument("--steps", type=int, help="training steps, instead of each part's own number")
-    p.add_argument("--batch", type=int, default=16, help="pictures a step (four times as many for clip and dino)")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--sigma-s", type=float, default=0.1, help="flow: noise on the posterior mean, sigma_s of PMRF")
-    p.add_argument("--lambda-lpips", type=float, default=0.0, help="flow: weight of LPIPS at the end that v points to")
+    p.add_argument("--steps", type=positive, help="training steps, instead of each part's own number")
+    p.add_argument("--batch", type=positive, help="pictures a step, instead of each part's own number")
+    p.add_argument("--seed", type=int, default=0, help="of weights, training pairs and their order")
+    p.add_argument("--sigma-s", type=float, default=0.03, help="flow: noise on the posterior mean (PMRF: 0.1)")
+    p.add_argument("--lambda-lpips", type=float, default=0.1, help="flow: weight of LPIPS at the end that v points to")
     p.add_argument(
         "--bf16", action="store_true", help="products in bfloat16: faster on a GPU and on CPUs with AVX512-BF16"
     )
-    p.add_argument("--go-on", action="store_true", help="posterior-mean, flow, unet: start from the weights in --out")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if not 0 <= args.seed < 2**63 or not (args.sigma_s >= 0 and args.lambda_lpips >= 0):
+        p.error("arguments --seed, --sigma-s, --lambda-lpips: expected 0 or more (a seed: below 2^63)")
+    return args
+
+
+def positive(text):
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    return int(text)
 
 
 if __name__ == "__main__":
@@ -48,113 +63,20 @@ if __name__ == "__main__":
 import copy
 import math
 
-import numpy as np
 import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from diffusers import LCMScheduler, UNet2DConditionModel
-from PIL import Image
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-import degrade
-import images
 import losses
 import teacher
 from tiny.autoencoder import PCAAutoencoder
+from tiny.pool import SIZE, Pool
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-# --- the training pairs -------------------------------------------------------------------------------------------------
-
-
-def augment(picture, rng):
-    """A PIL face -> uint8 (3, 128, 128): mirrored or not, turned by up to 6 degrees, scaled, shifted, colours varied."""
-    side = picture.size[0]
-    padded = Image.fromarray(np.pad(np.asarray(picture), ((side // 8,) * 2, (side // 8,) * 2, (0, 0)), mode="reflect"))
-    centre = padded.size[0] / 2 + side * rng.uniform(-0.04, 0.04, 2)
-    half = side / 2 * rng.uniform(0.9, 1.06)
-    turned = padded.rotate(rng.uniform(-6, 6), Image.Resampling.BICUBIC, center=tuple(centre))
-    box = (centre[0] - half, centre[1] - half, centre[0] + half, centre[1] + half)
-    x = np.asarray(turned.resize((SIZE, SIZE), Image.Resampling.LANCZOS, box=box), dtype=np.float64)
-    if rng.random() < 0.5:
-        x = x[:, ::-1]
-    gray, gain, contrast, colour = x.mean(2, keepdims=True), *rng.uniform(0.9, 1.1, 3)
-    x = gray + colour * (x - gray)
-    x = gain * (x.mean() + contrast * (x - x.mean()))
-    return np.clip(np.rint(x), 0, 255).astype(np.uint8).transpose(2, 0, 1)
-
-
-def degradation_numbers(params):
-    """What the degradation token shall tell: log blur sigma, log downsampling, noise, JPEG quality, roughly in [-1, 1]."""
-    blur = math.log(math.sqrt(params.sigma_x * params.sigma_y) + 0.1)
-    return [blur, math.log(params.down), params.noise / 10 - 1, params.jpeg / 35 - 1.85]
-
-
-def make_pool(data, folder, views, seed):
-    """Writes hq.npy, lq.npy (N, 3, 128, 128) uint8 and numbers.npy (N, 4); view 0 of each face is the plain picture."""
-    faces = images.find_images([data])
-    if not faces:
-        raise ValueError(f"expected face pictures in {data}, found none: give a folder with png, jpg or webp files")
-    hq, lq, numbers = [], [], []
-    for i, path in enumerate(tqdm(faces, desc="pool")):
-        picture = Image.fromarray(images.to_uint8(images.read_image(path)).permute(1, 2, 0).numpy())
-        for view in range(views):
-            rng = np.random.default_rng([seed, i, view])
-            plain = np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.LANCZOS)).transpose(2, 0, 1)
-            x = augment(picture, rng) if view else plain
-            params = degrade.sample(rng, size=SIZE)
-            y = degrade.apply(torch.from_numpy(x.copy()).float() / 255, params)
-            hq.append(
-                x if not params.gray else images.to_uint8(degrade.to_gray(torch.from_numpy(x.copy()) / 255)).numpy()
-            )
-            lq.append(images.to_uint8(y).numpy())
-            numbers.append(degradation_numbers(params))
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in (("hq", hq), ("lq", lq), ("numbers", np.float32(numbers))):
-        np.save(folder / f"{name}.npy", np.stack(rows))
-
-
-class Pool:
-    """The pairs on disk, read by index; pictures as float32 in [0, 1]. Derived arrays are made once and kept beside them."""
-
-    def __init__(self, args):
-        self.folder, self.rng = args.pool, np.random.default_rng(args.seed)
-        if not (self.folder / "numbers.npy").is_file():
-            make_pool(args.data, self.folder, args.views, args.seed)
-        self.size = len(self.array("hq"))
-        self.views, rest = divmod(self.size, len(images.find_images([args.data])))
-        if rest or self.views != args.views:
-            raise ValueError(
-                f"expected a pool of {args.views} views of {args.data} in {args.pool}, got another: delete it"
-            )
-
-    def array(self, name):
-        return np.load(self.folder / f"{name}.npy", mmap_mode="r")
-
-    def get(self, name, index):
-        a = torch.from_numpy(self.array(name)[np.sort(index)].copy()).to(DEVICE)
-        return a.float() / 255 if a.dtype == torch.uint8 else a.float()
-
-    def batch(self, n):
-        """n indices of n different faces."""
-        faces = self.rng.permutation(self.size // self.views)[:n]
-        return faces * self.views + self.rng.integers(self.views, size=len(faces))
-
-    def forget(self, name):
-        (self.folder / f"{name}.npy").unlink(missing_ok=True)
-
-    @torch.no_grad()
-    def derive(self, name, source, function):
-        """Writes function(source pictures) as float16 under the name, over the whole pool; `forget` makes it new."""
-        path = self.folder / f"{name}.npy"
-        if path.is_file():
-            return
-        parts = [function(self.get(source, np.arange(i, min(i + 64, self.size)))).half().cpu().numpy()
-                 for i in tqdm(range(0, self.size, 64), desc=f"pool: {name}")]  # fmt: skip
-        np.save(path, np.concatenate(parts))
 
 
 # --- one training loop for all parts ------------------------------------------------------------------------------------
@@ -194,10 +116,19 @@ def fit(name, model, loss_fn, steps, lr, save, bf16, decay=0.998):
     return average
 
 
+def shifted_lpips(lpips_fn, x_hat, x):
+    """LPIPS of the two pictures without up to 7 of their first rows and columns.
+
+    AlexNet looks at every fourth pixel, and a network can hide a weave pattern on that grid: so the grid moves.
+    """
+    top, left = torch.randint(8, (2,)).tolist()
+    return losses.lpips_loss(lpips_fn, x_hat[..., top:, left:], x[..., top:, left:])
+
+
 # --- the parts ----------------------------------------------------------------------------------------------------------
 
 
-def train_vae(args, pool, steps):
+def train_vae(args, pool, steps, batch):
     """Pixel loss alone for the first third, then LPIPS with it: with LPIPS from the start such nets stay grey and blurred."""
     pool.forget("latents")
     pool.forget("latents_lq")
@@ -206,13 +137,13 @@ def train_vae(args, pool, steps):
     lpips_fn = losses.load_lpips().to(DEVICE)
 
     def loss_fn(step):
-        x = pool.get("hq", pool.batch(args.batch))
+        x = pool.get("hq", pool.batch(batch))
         z = vae.encode(2 * x - 1).latent_dist.mode()
         x_hat = (vae.decode(z + 0.05 * torch.randn_like(z)).sample + 1) / 2
         l1, mse = F.l1_loss(x_hat, x), F.mse_loss(x_hat, x)
         loss = l1 + 5 * mse
         if step > steps // 3:
-            loss = loss + 0.15 * losses.lpips_loss(lpips_fn, x_hat, x)
+            loss = loss + 0.15 * shifted_lpips(lpips_fn, x_hat, x)
         return loss, {"psnr": round(-10 * math.log10(mse.item()), 2)}
 
     fit("vae", vae, loss_fn, steps, 1e-3, lambda m: save_module(m, args.out / "base" / "vae"), args.bf16)
@@ -252,13 +183,13 @@ class WithHeads(nn.Module):
         return self.vit.forward_features(2 * y - 1)  # (B, 1 + 64, 128), the first token stands for the picture
 
 
-def train_clip(args, pool, steps):
+def train_clip(args, pool, steps, batch):
     """InfoNCE between two degraded or clean views of one face; patch tokens also tell the clean face's 4 x 4 thumbnails."""
     pool.forget("captions")
     net = WithHeads(match=64, thumbnail=48).to(DEVICE)
 
     def loss_fn(step):
-        index = pool.batch(4 * args.batch)
+        index = pool.batch(batch)
         x, y = pool.get("hq", index), pool.get("lq", index)
         tokens, clean = net(y), net(x)
         a, b = (F.normalize(net.heads["match"](t[:, 0]), dim=1) for t in (tokens, clean))
@@ -272,49 +203,47 @@ def train_clip(args, pool, steps):
     fit("clip", net, loss_fn, steps, 5e-4, lambda m: save_vit(m.vit, args.out / "clip"), args.bf16)
 
 
-def train_dino(args, pool, steps):
+def train_dino(args, pool, steps, batch):
     """Regression of the degradation's numbers from the class token of the degraded picture."""
     net = WithHeads(numbers=4).to(DEVICE)
     variance = torch.from_numpy(pool.array("numbers")[:].var(0)).to(DEVICE)
 
     def loss_fn(step):
-        index = pool.batch(4 * args.batch)
+        index = pool.batch(batch)
         error = (net.heads["numbers"](net(pool.get("lq", index))[:, 0]) - pool.get("numbers", index)) ** 2 / variance
         return error.mean(), {"r2": [round(1 - e, 2) for e in error.mean(0).tolist()]}
 
     fit("dino", net, loss_fn, steps, 5e-4, lambda m: save_vit(m.vit, args.out / "dino"), args.bf16)
 
 
-SWINIR = {"embed_dim": 72, "depths": [4, 4, 4], "num_heads": [6, 6, 6], "num_feat": 0}
+SWINIR = {"embed_dim": 96, "depths": [4, 4, 4], "num_heads": [6, 6, 6], "num_feat": 0}
 HDIT = {"in_channels": 3, "out_channels": 3, "patch_size": 4, "widths": [64, 128, 192], "depths": [1, 2, 4],
         "kernel_sizes": [7, None, None], "d_head": 32, "mapping_width": 128, "mapping_depth": 1}  # fmt: skip
 
 
-def train_posterior_mean(args, pool, steps):
+def train_posterior_mean(args, pool, steps, batch):
     """Eq. 2: the network that minimises the squared error is the posterior mean."""
     pool.forget("mmse")
-    fresh = lambda: teacher.PMRF(teacher.SwinIR(**SWINIR), teacher.HDiT(**HDIT))  # noqa: E731
-    pmrf = teacher.PMRF.from_pretrained(args.out / "teacher") if args.go_on else fresh()
-    swinir = pmrf.mmse_model.train().to(DEVICE)
+    swinir, untrained = teacher.SwinIR(**SWINIR).to(DEVICE), teacher.HDiT(**HDIT)
 
     def loss_fn(step):
-        index = pool.batch(args.batch)
+        index = pool.batch(batch)
         loss = teacher.posterior_mean_loss(swinir, pool.get("lq", index), pool.get("hq", index))
         return loss, {"psnr": round(-10 * math.log10(loss.item()), 2)}
 
-    save = lambda m: teacher.PMRF(m, pmrf.model, pmrf.sigma_s).save_pretrained(args.out / "teacher")  # noqa: E731
+    save = lambda m: teacher.PMRF(m, untrained).save_pretrained(args.out / "teacher")  # noqa: E731
     fit("posterior-mean", swinir, loss_fn, steps, 1e-3, save, args.bf16)
 
 
-def train_flow(args, pool, steps):
+def train_flow(args, pool, steps, batch):
     """Eq. 3: the velocity along the straight path from the noisy posterior mean to the clean face."""
     pmrf = teacher.PMRF.from_pretrained(args.out / "teacher").to(DEVICE)
     pool.derive("mmse", "lq", pmrf.posterior_mean)
-    hdit = (pmrf.model.train() if args.go_on else teacher.HDiT(**HDIT)).to(DEVICE)
+    hdit = teacher.HDiT(**HDIT).to(DEVICE)
     lpips_fn = losses.load_lpips().to(DEVICE)
 
     def loss_fn(step):
-        index = pool.batch(args.batch)
+        index = pool.batch(batch)
         x, x_mmse = pool.get("hq", index), pool.get("mmse", index)
         t = (torch.rand(1, device=DEVICE) + torch.arange(len(x), device=DEVICE) / len(x)) % 1  # spread over the batch
         x_t, v_t = teacher.path(x_mmse + args.sigma_s * torch.randn_like(x), x, t)
@@ -322,14 +251,14 @@ def train_flow(args, pool, steps):
         flow = F.mse_loss(v, v_t)
         if not args.lambda_lpips:
             return flow, {}
-        lpips = losses.lpips_loss(lpips_fn, x_t + (1 - t).view(-1, 1, 1, 1) * v, x)
+        lpips = shifted_lpips(lpips_fn, x_t + (1 - t).view(-1, 1, 1, 1) * v, x)
         return flow + args.lambda_lpips * lpips, {"flow": round(flow.item(), 5), "lpips": round(lpips.item(), 4)}
 
     save = lambda m: teacher.PMRF(pmrf.mmse_model, m, args.sigma_s).save_pretrained(args.out / "teacher")  # noqa: E731
     fit("flow", hdit, loss_fn, steps, 6e-4, save, args.bf16)
 
 
-UNET = {"sample_size": SIZE // 8, "in_channels": 32, "out_channels": 32, "layers_per_block": 1,
+UNET = {"sample_size": SIZE // 8, "in_channels": 48, "out_channels": 48, "layers_per_block": 1,
         "block_out_channels": [80, 112, 128], "norm_num_groups": 16,
         "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
         "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
@@ -337,7 +266,7 @@ UNET = {"sample_size": SIZE // 8, "in_channels": 32, "out_channels": 32, "layers
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # SD v1.5's
 
 
-def train_unet(args, pool, steps):
+def train_unet(args, pool, steps, batch):
     """The base: eps predicted from alpha_t z + sigma_t eps at every t, given the CLIP tokens of the clean face as caption.
 
     Half of each batch are degraded latents z_y in the place of noisy ones at tau = 499, eps then being what leads from z_y
@@ -352,12 +281,10 @@ def train_unet(args, pool, steps):
     scheduler = LCMScheduler(**SCHEDULE)
     scheduler.save_pretrained(args.out / "base" / "scheduler")
     alpha, sigma = scheduler.alphas_cumprod[499] ** 0.5, (1 - scheduler.alphas_cumprod[499]) ** 0.5
-    base = args.out / "base"
-    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet") if args.go_on else UNet2DConditionModel(**UNET)
-    unet = unet.to(DEVICE).train()
+    unet = UNet2DConditionModel(**UNET).to(DEVICE).train()
 
     def loss_fn(step):
-        index = pool.batch(args.batch)
+        index = pool.batch(batch)
         z, caption = pool.get("latents", index), pool.get("captions", index)
         caption = caption * (torch.rand(len(z), 1, 1, device=DEVICE) > 0.1)  # one in ten without caption
         t, eps = torch.randint(1000, (len(z),), device=DEVICE), torch.randn_like(z)
@@ -375,10 +302,12 @@ def main(args):
              "posterior-mean": train_posterior_mean, "flow": train_flow, "unet": train_unet}  # fmt: skip
     try:
         Path("runs").mkdir(exist_ok=True)
-        pool = Pool(args)
+        pool = Pool(args.data, Path("runs/pool"), args.seed, DEVICE)
         for part in args.parts:
+            steps, batch = RECIPE[part]
             torch.manual_seed(args.seed)
-            train[part](args, pool, args.steps or STEPS[part])
+            pool.restart(args.seed)
+            train[part](args, pool, args.steps or steps, args.batch or batch)
     except (ValueError, OSError) as e:
         print(f"pretrain.py: {e}", file=sys.stderr)
         return 1
