@@ -53,7 +53,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from images import find_images, read_image, square, write_image
+from images import enough_memory, find_images, make_folder, read_image, square, write_image
+
+# Training draws the degradations of face i from (seed, i, repeat), and numpy takes a missing number for 0: (seed, i) would
+# repeat them, one by one, on the pictures that a model is tested with. No training repeats a face so often as this.
+EVALUATION = 2**32 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,24 +240,27 @@ def main(args):
         raise ValueError(
             f"expected a new name in {args.out} for each copy, got one twice or an input: rename, or change -o"
         )
-    Path(args.out).mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     failed = 0
     for i, (path, target) in enumerate(zip(paths, targets, strict=True)):
         try:
-            x = read_image(path)
+            with enough_memory(path, "make it smaller, or use --size"):
+                x = read_image(path)
+                x = x if args.size is None else square(x, args.size)
+                size, rng = min(x.shape[1:]), np.random.default_rng((args.seed, i, EVALUATION))
+                params = level(args.level, size, args.seed) if args.level else sample(rng, args.ranges, size)
+                y = apply(x, params)
         except (ValueError, OSError) as e:
             print(f"degrade.py: {e}", file=sys.stderr)
             failed = 1
             continue
-        x = x if args.size is None else square(x, args.size)
-        size, rng = min(x.shape[1:]), np.random.default_rng((args.seed, i))
-        params = level(args.level, size, args.seed) if args.level else sample(rng, args.ranges, size)
-        write_image(target, apply(x, params))
+        write_image(target, y)
         print(f"{target}  {params}")
     return failed
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file name need not be valid UTF-8
     try:
         sys.exit(main(ARGS))
     except (ValueError, OSError) as e:

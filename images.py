@@ -6,6 +6,7 @@ by what is in them, so a PNG named .jpg is read as the PNG it is. Colour profile
 Usage: for path in find_images(["folder", "face.png"]): write_image(out / path.name, read_image(path))
 """
 
+import contextlib
 import io
 import os
 import secrets
@@ -19,7 +20,7 @@ from PIL import Image, ImageOps
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_PIXELS = 64 * 2**20  # 8192 x 8192; reading one takes about 2 GB
-warnings.filterwarnings("ignore", module=r"PIL\.")  # on odd EXIF data, and its own size limit: ours is in _decode
+warnings.filterwarnings("ignore", module=r"PIL\.")  # on odd EXIF data, and its own size limit: ours is in decode_image
 
 
 def find_images(paths):
@@ -44,7 +45,9 @@ def find_images(paths):
 
 def _walk(folder):
     def fail(error):  # os.walk would pass over an unreadable folder in silence
-        raise error
+        raise PermissionError(
+            f"expected a folder that can be read, got {error.filename} ({error.strerror}): change its rights or leave it out"
+        )
 
     for root, folders, names in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -60,22 +63,31 @@ def read_image(path):
     keeps its precision, and of an animation the first frame is taken. Raises OSError if the file cannot be opened and
     ValueError, naming the file, if it is no PNG, JPEG or WebP, is truncated or damaged, or has more than MAX_PIXELS.
     """
-    with open(path, "rb") as f:
-        return _decode(f, path)
+    return decode_image(read_file(path), path)
+
+
+def read_file(path):
+    """The bytes of a file. OSError for what is none: to open a named pipe, say, would be to wait for ever."""
+    try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise OSError(f"expected a file, got {path}, which is none: leave it out")
+        return Path(path).read_bytes()
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f"expected a picture, got {path}, which does not exist: check the path") from e
+    except PermissionError as e:
+        raise PermissionError(f"expected a file that can be read, got {path} ({e.strerror}): change its rights") from e
 
 
 def decode_image(data, name):
     """As read_image, of a file's bytes; name stands for the file in messages."""
-    return _decode(io.BytesIO(data), name)
-
-
-def _decode(f, name):
     try:
-        with Image.open(f, formats=("PNG", "JPEG", "WEBP")) as image:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
             width, height = image.size
             if width * height <= MAX_PIXELS:
                 image.load()
                 return _to_tensor(ImageOps.exif_transpose(image))
+    except MemoryError:
+        raise ValueError(f"expected enough memory for {name}, got too little: make it smaller first") from None
     except Image.DecompressionBombError:
         width = height = None
     except Exception as e:  # Pillow's decoders raise OSError, SyntaxError, struct.error, zlib.error ... on damaged data
@@ -165,10 +177,36 @@ def write_bytes(path, data):
         os.replace(temporary, path)
         sync(path.parent)  # else a power cut could undo the rename
     except BaseException as e:
-        temporary.unlink(missing_ok=True)
-        if isinstance(e, OSError) and e.filename is None:  # a full disk: say where
-            e.filename = str(path)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(e, OSError):  # the temporary name would tell nothing
+            got = f"got {e.strerror or e}"
+            raise type(e)(f"expected to write {path}, {got}: make room, or choose another place or name") from e
         raise
+
+
+def make_folder(path):
+    """Makes a folder, and those above it, and returns its Path. OSError if it cannot be made or written to."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        got = "a file of that name" if isinstance(e, FileExistsError) else e.strerror
+        raise type(e)(f"expected a folder to write to at {path}, got {got}: name another") from e
+    if not os.access(path, os.W_OK):
+        raise PermissionError(f"expected a folder to write to, got {path}, which is read-only: name another")
+    return Path(path)
+
+
+@contextlib.contextmanager
+def enough_memory(what, remedy):
+    """Turns running out of memory, which Python, numpy and torch each report in another way, into a ValueError of one line."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:
+        texts = ("out of memory", "can't allocate memory")  # torch on a GPU, on a CPU
+        if isinstance(e, RuntimeError) and not any(text in str(e) for text in texts):
+            raise
+        raise ValueError(f"expected enough memory for {what}, got too little: {remedy}") from e
 
 
 def sync(path):

@@ -281,6 +281,31 @@ def test_command_names_the_broken_picture_and_makes_the_others(tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["good.png"]
 
 
+def test_command_draws_other_degradations_than_training(tmp_path, capsys):
+    write_image(tmp_path / "a.png", picture(32, 32))
+    assert degrade.main(degrade.parse_args([str(tmp_path / "a.png"), "-o", str(tmp_path / "out")])) == 0
+    said = capsys.readouterr().out
+    for stream in ((0, 0), (0, 0, 0), (0, 0, 1)):
+        assert str(degrade.sample(np.random.default_rng(stream), size=32)) not in said
+    assert str(degrade.sample(np.random.default_rng((0, 0, degrade.EVALUATION)), size=32)) in said
+
+
+def test_command_says_in_one_line_what_is_in_the_way(tmp_path, monkeypatch, capsys):
+    write_image(tmp_path / "a.png", picture())
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="expected a folder to write to at .*file, got a file of that name"):
+        degrade.main(degrade.parse_args([str(tmp_path / "a.png"), "-o", str(tmp_path / "file")]))
+
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(degrade, "apply", full)
+    assert degrade.main(degrade.parse_args([str(tmp_path / "a.png"), "-o", str(tmp_path / "out")])) == 1
+    error = capsys.readouterr().err
+    assert "enough memory for" in error and "a.png" in error and error.count("\n") == 1
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_command_does_not_write_over_its_input(tmp_path):
     write_image(tmp_path / "a.png", picture())
     before = (tmp_path / "a.png").read_bytes()

@@ -4,6 +4,7 @@ import errno
 import os
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -150,8 +151,57 @@ def test_an_unreadable_folder_is_an_error_not_an_empty_one(tmp_path, monkeypatch
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(os, "scandir", scandir)
-    with pytest.raises(PermissionError):
+    with pytest.raises(PermissionError, match=f"expected a folder that can be read, got {tmp_path}.*leave it out"):
         images.find_images([tmp_path])
+
+
+def test_what_is_no_file_or_cannot_be_read_is_said(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.png")  # to open it would be to wait for ever
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "link.png").symlink_to(tmp_path / "gone.png")
+    for name in ("pipe.png", "folder.png"):
+        with pytest.raises(OSError, match=f"expected a file, got .*{name}"):
+            images.read_image(tmp_path / name)
+    assert sorted(p.name for p in images.find_images([tmp_path])) == ["link.png", "pipe.png"]
+    with pytest.raises(FileNotFoundError, match="link.png.*does not exist"):
+        images.read_image(tmp_path / "link.png")
+
+    def refused(self):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    (tmp_path / "a.png").touch()
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(PermissionError, match="expected a file that can be read, got .*a.png"):
+        images.read_image(tmp_path / "a.png")
+
+
+def test_too_little_memory_is_a_line_whoever_says_it(tmp_path, monkeypatch):
+    cpu = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), RuntimeError(cpu)):
+        with pytest.raises(ValueError, match="expected enough memory for x.*make it smaller"):
+            with images.enough_memory("x", "make it smaller"):
+                raise error
+    with pytest.raises(RuntimeError, match="size mismatch"), images.enough_memory("x", "no"):
+        raise RuntimeError("size mismatch")  # a fault of the code is not hidden
+    Image.fromarray(noise()).save(tmp_path / "a.png")
+
+    def full(_):
+        raise MemoryError
+
+    monkeypatch.setattr(images, "_to_tensor", full)
+    with pytest.raises(ValueError, match="expected enough memory for .*a.png"):
+        images.read_image(tmp_path / "a.png")
+
+
+def test_a_folder_that_cannot_be_made_or_written_is_said(tmp_path, monkeypatch):
+    assert images.make_folder(tmp_path / "a" / "b") == images.make_folder(str(tmp_path / "a" / "b"))
+    (tmp_path / "file").touch()
+    for name, got in (("file", "a file of that name"), ("file/x", "Not a directory")):
+        with pytest.raises(OSError, match=f"expected a folder to write to at .*{name}, got {got}"):
+            images.make_folder(tmp_path / name)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(PermissionError, match="read-only"):
+        images.make_folder(tmp_path / "a")
 
 
 @pytest.mark.parametrize("stage", ["fsync", "replace"])
@@ -163,7 +213,7 @@ def test_a_write_that_fails_leaves_nothing_or_the_old_file(tmp_path, monkeypatch
 
     monkeypatch.setattr(os, stage, full)
     for name in ("old.png", "new.png"):
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(OSError, match=f"expected to write .*{name}, got No space left.*make room"):
             images.write_image(tmp_path / name, torch.zeros(3, 4, 4))
     assert [p.name for p in tmp_path.iterdir()] == ["old.png"] and (tmp_path / "old.png").read_bytes() == b"old"
 
