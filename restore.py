@@ -12,16 +12,17 @@ Usage: python restore.py face.png                        writes face_restored.pn
 """
 
 import argparse
+import os
+import signal
 import sys
 import time
 from pathlib import Path
 
 
 def positive(text):
-    n = int(text)
-    if n < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {n}")
-    return n
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    return int(text)
 
 
 def parse_args(argv=None):
@@ -53,18 +54,24 @@ def parse_args(argv=None):
     if args.method != "teacher" and (args.steps, args.seed) != (None, None):
         p.error(f"--steps and --seed belong to --method teacher, got --method {args.method}: leave them out")
     if args.seed is not None and not 0 <= args.seed < 2**63:
-        p.error(f"argument --seed: expected 0 or more, got {args.seed}")
+        p.error(f"argument --seed: expected 0 to 2**63 - 1, got {args.seed}")
     return args
+
+
+def interrupted(*_):
+    os.write(2, b"\nrestore.py: interrupted; what is written is whole\n")
+    sys.exit(130)  # raised wherever it is, so that a file in the writing is removed
 
 
 if __name__ == "__main__":
     ARGS = parse_args()  # before torch is imported, so that -h answers at once
+    signal.signal(signal.SIGINT, interrupted)
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from images import SUFFIXES, find_images, read_image, resize, write_image
+from images import SUFFIXES, enough_memory, find_images, make_folder, read_image, resize, write_image
 
 
 def low_pass(x, levels=5):
@@ -201,9 +208,17 @@ def plan(images, out=None):
                 target = out / (target.relative_to(given) if given.is_dir() else target.name)
             pairs.setdefault(path.resolve(), (path, target))  # given twice, done once
     pairs = list(pairs.values())
+    if (
+        out is not None
+        and not out.is_dir()
+        and out.suffix.lower() in (".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic")
+    ):
+        raise ValueError(
+            f"expected a folder, or a picture ({', '.join(SUFFIXES)}), got -o {out}: choose another suffix"
+        )
     if out is not None and not out.is_dir() and (out.suffix.lower() in SUFFIXES or out.exists()):
         if out.suffix.lower() not in SUFFIXES or len(pairs) + len(errors) != 1:
-            raise ValueError(f"expected a folder for {len(pairs) + len(errors)} inputs, got -o {out}: name a folder")
+            raise ValueError(f"expected a folder, or for one input a picture's name, got -o {out}: name a folder")
         pairs = [(path, out) for path, _ in pairs]
     return _without_clashes(pairs, errors)
 
@@ -256,7 +271,14 @@ def restore_files(args):
             except (ValueError, OSError) as e:
                 failed += report(e)
         begin = time.perf_counter()
-        x_hats = restore(model, size, [x for *_, x in readable], color_fix, device) if readable else []
+        try:
+            with enough_memory(
+                ", ".join(str(path) for path, *_ in readable), "use a smaller --batch or smaller pictures"
+            ):
+                x_hats = restore(model, size, [x for *_, x in readable], color_fix, device) if readable else []
+        except ValueError as e:
+            failed += report(e)
+            continue
         ms = (time.perf_counter() - begin) * 1000 / max(1, len(readable))
         for (path, target, x), x_hat in zip(readable, x_hats, strict=True):
             try:
@@ -265,7 +287,7 @@ def restore_files(args):
                     f"{path} {x.shape[2]}x{x.shape[1]} -> {target} {x_hat.shape[2]}x{x_hat.shape[1]}, {ms:.0f} ms",
                     flush=True,
                 )
-            except OSError as e:
+            except (ValueError, OSError) as e:
                 failed += report(e)
     return 1 if failed else 0
 
@@ -278,7 +300,7 @@ def report(error):
 
 def write(x, x_hat, target, compare):
     """Writes the result, and the comparison with the input x where wanted; OSError if that is not possible."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     write_image(target, x_hat)
     if compare:
         write_image(compare_name(target), side_by_side(x, x_hat))
@@ -286,10 +308,8 @@ def write(x, x_hat, target, compare):
 
 def main(args):
     try:
-        return restore_files(args)
-    except KeyboardInterrupt:
-        print("restore.py: interrupted; what is written is whole", file=sys.stderr)
-        return 130
+        with enough_memory(f"the {args.method}", "use --device cpu, or a machine with more"):
+            return restore_files(args)
     except (ValueError, OSError) as e:  # no device, output, checkpoint: nothing was restored
         print(f"restore.py: {e}", file=sys.stderr)
         return 2

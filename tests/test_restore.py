@@ -1,6 +1,7 @@
 """restore.py: colour corrections against reference numbers, picture geometry, and what a user can do to the command."""
 
 import hashlib
+import signal
 import subprocess
 import sys
 import time
@@ -278,9 +279,61 @@ def test_what_can_only_be_seen_later_ends_with_one_line_and_2(tmp_path, capsys):
         assert not list(tmp_path.iterdir())
 
 
-def test_ctrl_c_ends_with_one_line_and_130(monkeypatch, capsys):
-    def interrupt(*_):
-        raise KeyboardInterrupt
+def test_an_output_that_is_no_folder_or_picture_is_refused(tmp_path, capsys):
+    picture = DEGRADED / "light" / "hopper.png"
+    assert run(picture, "-o", tmp_path / "x.gif") == 2 and "-o" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert run(picture, "-o", tmp_path / "file" / "x") == 1  # found when it is to be written, and named
+    error = capsys.readouterr().err
+    assert error.startswith("restore.py: expected a folder to write to") and len(error.splitlines()) == 1
 
-    monkeypatch.setattr(restore, "read_image", interrupt)
-    assert run(DEGRADED) == 130 and len(capsys.readouterr().err.splitlines()) == 1
+
+def test_too_little_memory_is_named_and_the_others_are_done(tmp_path, monkeypatch, capsys):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes((DEGRADED / "light" / "hopper.png").read_bytes())
+    work, calls = restore.restore, []
+
+    def once(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+        return work(*args)
+
+    monkeypatch.setattr(restore, "restore", once)
+    assert run(tmp_path) == 1
+    error = capsys.readouterr().err
+    assert "enough memory" in error and "a.png" in error and "--batch" in error and len(error.splitlines()) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png", "b_restored.png"]
+
+    def load(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(restore, "load_model", load)
+    assert run(tmp_path / "a.png") == 2 and "enough memory for the student" in capsys.readouterr().err
+
+
+def test_a_model_that_gives_nan_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(restore, "load_model", lambda *_: (lambda y: y * float("nan"), 128))
+    assert run(DEGRADED / "light" / "hopper.png", "-o", tmp_path / "x.png") == 1
+    assert "NaN" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("after", [0.7, 3.0])  # while torch is imported, and later
+def test_ctrl_c_ends_with_one_line_and_130(tmp_path, after):
+    command = [
+        sys.executable,
+        ROOT / "restore.py",
+        DEGRADED,
+        "-o",
+        tmp_path / "out",
+        "--method",
+        "teacher",
+        "--steps",
+        5000,
+    ]
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    time.sleep(after)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate()[1]
+    assert process.returncode == 130 and error == "\nrestore.py: interrupted; what is written is whole\n"
+    assert not list(tmp_path.iterdir())
