@@ -71,14 +71,15 @@ import numpy as np
 import PIL
 import torch
 from PIL import Image, ImageDraw, features
-from safetensors import safe_open
 from tqdm import tqdm
 
 import degrade
 from images import (
     decode_image,
     encode_image,
+    enough_memory,
     find_images,
+    make_folder,
     read_image,
     resize,
     square,
@@ -86,7 +87,7 @@ from images import (
     write_bytes,
     write_image,
 )
-from shards import CacheDataset, check, read_meta, records_of, settings_of, write_shard
+from shards import CacheDataset, check, read_meta, read_records, settings_of, write_shard
 
 MAX_SHARD = 256  # samples; about 120 MB at 512 px
 
@@ -99,6 +100,10 @@ def degrade_picture(data, name, index, repeat, settings):
 
     Raises ValueError or OSError if the picture cannot be read.
     """
+    if (data / name).exists() and not (data / name).is_file():
+        raise ValueError(
+            f"expected a file, got {name}, which is none"
+        )  # to open a named pipe would be to wait for ever
     blob, size = (data / name).read_bytes(), settings["image_size"]
     x = to_uint8(square(decode_image(blob, name), size)) / 255
     rng = np.random.Generator(np.random.PCG64((settings["seed"], index, repeat)))
@@ -146,12 +151,12 @@ def finite(x, what):
 def settings_for(teacher, vae, data, sources, preset, image_size, seed, steps, ranges, repeats, batch):
     """All that decides what is in the cache, as a JSON dict. sources: names relative to the folder data."""
     device = next(teacher.parameters()).device.type
-    listing = json.dumps([(name, (data / name).stat().st_size) for name in sources])
+    listing = [(name, (data / name).stat().st_size if (data / name).is_file() else None) for name in sources]
     settings = dict(preset=preset, image_size=image_size, seed=seed, steps=steps, sigma_s=teacher.sigma_s)
     settings |= dict(ranges={"name": ranges} | dataclasses.asdict(degrade.RANGES[ranges]), repeats=repeats, batch=batch)
     # whole batches; small enough for some processes to share a small set, and for an interruption to cost little
     settings["shard_size"] = max(1, min(MAX_SHARD, len(sources) * repeats // 32) // batch) * batch
-    settings |= dict(pictures=len(sources), pictures_sha256=hashlib.sha256(listing.encode()).hexdigest())
+    settings |= dict(pictures=len(sources), pictures_sha256=hashlib.sha256(json.dumps(listing).encode()).hexdigest())
     settings |= dict(teacher_sha256=weights_sha256(teacher), vae_sha256=weights_sha256(vae))
     settings |= dict(device=device, precision="bf16" if device == "cuda" else "fp32")
     versions = dict(torch=torch.__version__, numpy=np.__version__, pillow=PIL.__version__)
@@ -173,7 +178,7 @@ def write_json(path, value):
 
 def begin(out, settings, rank):
     """Writes settings.json into a new cache, or compares with the one there; ValueError if they differ."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     while rank and not (out / "settings.json").exists():
         time.sleep(0.1)
     before = settings_of(out)
@@ -242,8 +247,7 @@ def finish(data, out, settings, paths):
     """Removes what interruptions left, writes preview.png and, as the last file, meta.json. Returns the dict in it."""
     shards, skipped = [], {}
     for path in paths:
-        with safe_open(path, "pt") as f:
-            records = records_of(f)
+        records = read_records(path)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         shards.append(dict(file=path.name, count=len(records["samples"]), bytes=path.stat().st_size, sha256=digest))
         skipped |= dict(records["skipped"])
@@ -354,7 +358,8 @@ def main_check(folder, device):
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(ARGS))
+        with enough_memory("a batch", "use a smaller --batch (the cache depends on it: a new --out), or --device cpu"):
+            sys.exit(main(ARGS))
     except (ValueError, OSError) as e:
         print(f"cache.py: {e}", file=sys.stderr)
         sys.exit(1)

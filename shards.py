@@ -70,6 +70,9 @@ def read_meta(folder):
     try:
         meta = json.loads((folder / "meta.json").read_text())
         sizes = {folder / shard["file"]: shard["bytes"] for shard in meta["shards"]}
+        counts = [shard["count"] for shard in meta["shards"]]
+        if not meta["preset"] or not meta["image_size"] or meta["count"] != sum(counts):
+            raise ValueError("its count is not the sum of the shards'")
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"expected a cache in {folder}, got a foreign meta.json: make one with cache.py") from None
     for path, size in sizes.items():
@@ -88,9 +91,27 @@ def records_of(f):
     return json.loads(f.metadata()["records"])
 
 
+def read_records(path):
+    """The records of a shard's file. ValueError if the file is no shard."""
+    try:
+        with safe_open(path, "pt") as f:
+            return records_of(f)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
+        raise ValueError(
+            f"expected a whole shard, got {path} ({e}): delete it and run the same cache.py again"
+        ) from None
+
+
 def settings_of(folder):
+    """The dict of settings.json, or None where there is none. ValueError if it is damaged."""
     path = Path(folder) / "settings.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    try:
+        settings = json.loads(path.read_text()) if path.is_file() else None
+        if settings is None or isinstance(settings, dict):
+            return settings
+    except ValueError:
+        pass
+    raise ValueError(f"expected the settings of a cache in {path}, got no JSON of them: delete {folder}, make it again")
 
 
 def write_shard(path, batches):
@@ -113,8 +134,6 @@ def check(folder, meta, vae):
     Each shard: sha256, number of samples, shapes, finite latents, pictures that decode to their size; and for the first
     CHECKED samples of it the PSNR of the decoded target latent against X†, at least MIN_PSNR dB.
     """
-    if meta["count"] != sum(shard["count"] for shard in meta["shards"]):
-        yield f"meta.json: expected the sum of the shards, got count {meta['count']}"
     for shard in tqdm(meta["shards"], unit=" shards"):
         path = Path(folder) / shard["file"]
         if hashlib.sha256(path.read_bytes()).hexdigest() != shard["sha256"]:

@@ -364,6 +364,43 @@ def fill_broken(folder):
     return folder
 
 
+def test_links_to_nothing_and_pipes_are_skipped_too(tmp_path):
+    data = fill(tmp_path / "data", 2)
+    os.mkfifo(data / "pipe.png")
+    (data / "link.png").symlink_to(data / "gone.png")
+    assert run(data, tmp_path / "c") == 1
+    meta = cache.CacheDataset(tmp_path / "c").meta
+    assert meta["count"] == 2 and [s["source"] for s in meta["skipped"]] == ["link.png", "pipe.png"]
+
+
+@pytest.mark.parametrize(
+    "name, text, said",
+    [
+        ("settings.json", "{", "settings of a cache in .*settings.json"),
+        ("settings.json", "[1]", "settings of a cache in .*settings.json"),
+        ("shard_00002.safetensors", "no shard", "expected a whole shard, got .*shard_00002"),
+    ],
+)
+def test_a_damaged_file_of_an_unfinished_cache_is_named(whole, tmp_path, name, text, said):
+    folder, _ = copied(whole, tmp_path / "c")
+    (folder / "meta.json").unlink()
+    (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{said}.*delete") as e:
+        run(whole[1], folder, "--repeats", "2")
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"shards": []}', '{"shards": [], "count": 1, "preset": "tiny", "image_size": 64}']
+)
+def test_a_foreign_meta_json_is_refused(whole, tmp_path, text):
+    folder, _ = copied(whole, tmp_path / "c")
+    (folder / "meta.json").write_text(text)
+    for use in (lambda: cache.CacheDataset(folder), lambda: cache.main(cache.parse_args(["--check", str(folder)]))):
+        with pytest.raises(ValueError, match="foreign meta.json"):
+            use()
+
+
 @pytest.mark.parametrize("writes", [0, 4, 7, 8])  # settings, six shards, the preview, meta.json: one fails
 def test_a_full_disk_is_an_error_and_nothing_half_written(whole, tmp_path, monkeypatch, writes):
     fsync, left = os.fsync, [2 * writes]  # each file and then its folder
