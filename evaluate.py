@@ -6,12 +6,15 @@
     report     one HTML page: input | posterior mean | teacher | student | original, with the numbers under each
 
 Clean faces are brought to the model's size, degraded by degrade.py with seed + index, and restored one at a time; measured
-is what restore.py would write, 8 bits a channel. FID against the few faces of a small folder says little.
+is what restore.py would write, 8 bits a channel. FID against the few faces of a small folder says little. A face that
+cannot be read is named and left out, and the exit code is then 1.
 
 Usage: python evaluate.py quality --data faces/val --checkpoint tiny --out out/quality
 """
 
 import argparse
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -21,10 +24,15 @@ METRICS = ("psnr", "ssim", "lpips", "lpips-vgg", "fid", "kid", "precision", "mus
 
 
 def positive(text):
-    n = int(text)
-    if n < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {n}")
-    return n
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    return int(text)
+
+
+def seed(text):
+    if not text.isdecimal() or int(text) >= 2**62:  # a face's own seed is this one plus its index
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2**62 - 1, got {text!r}")
+    return int(text)
 
 
 # fmt: off
@@ -43,7 +51,7 @@ def parse_args(argv=None):
         c.add_argument("--ranges", choices=RANGES, default="difface", help="drawn degradations' ranges (default difface)")
     for c in (quality, report):
         c.add_argument("--checkpoint", nargs="+", default=["tiny"], metavar="tiny|DIR", help="students (default tiny)")
-        c.add_argument("--seed", type=int, default=0, help="seed of degradations and the teacher's noise (default 0)")
+        c.add_argument("--seed", type=seed, default=0, help="seed of degradations and the teacher's noise (default 0)")
     for c in (quality, speed):
         c.add_argument("--steps", type=positive, nargs="+", default=[1, 5, 25], metavar="K", help="teacher's Euler steps")
     for c in (quality, ablation, speed, report):
@@ -60,7 +68,8 @@ def parse_args(argv=None):
     ablation.add_argument("--cache", required=True, metavar="DIR", help="cache to train on, from cache.py")
     ablation.add_argument("--steps", type=positive, required=True, metavar="N", help="training steps a stage")
     ablation.add_argument("--batch", type=positive, default=16, help="train.py's (default 16)")
-    ablation.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="training seeds (default 0 1)")
+    ablation.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="train.py's (default auto)")
+    ablation.add_argument("--seeds", type=seed, nargs="+", default=[0, 1], help="training seeds (default 0 1)")
     speed.add_argument("--checkpoint", default="tiny", metavar="tiny|DIR", help="the student (default tiny)")
     speed.add_argument("--random-weights", choices=("paper",), help="a preset's sizes with random weights instead")
     speed.add_argument("--size", type=positive, metavar="S", help="side of the picture, pixels (default: the preset's)")
@@ -69,42 +78,44 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if getattr(args, "size", None) and args.size % 64:
         p.error(f"argument --size: expected a multiple of 64, got {args.size}")
-    if min([getattr(args, "seed", 0), *getattr(args, "seeds", [])]) < 0:
-        p.error("arguments --seed, --seeds: expected 0 or more")
+    for name in ("checkpoint", "seeds", "level", "metrics"):
+        if isinstance(given := getattr(args, name, None), list):
+            setattr(args, name, list(dict.fromkeys(given)))  # given twice, done once
     return args
 # fmt: on
 
 
+def interrupted(*_):
+    os.write(2, b"\nevaluate.py: interrupted; the same command again (ablation goes on where it was)\n")
+    sys.exit(130)  # raised wherever it is, so that a file in the writing is removed
+
+
 if __name__ == "__main__":
     ARGS = parse_args()  # before torch is imported, so that -h answers at once
+    signal.signal(signal.SIGINT, interrupted)
 
 import base64
 import html
 import statistics
-import subprocess
-import time
+import tempfile
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
-import degrade
 import images
+from ablation import ABLATION, ablation_table, measure_row, train_row
+from faces import apply_method, faces, find_faces
 from metrics import NO_REFERENCE, PAIRED, SETS, PictureMetrics, optional, set_metrics
 from restore import choose_device, wavelet_color_fix
-from speed import parts_table, random_models, synchronize, whole_table
-from student import Student, decode, encode, load_config, locate, newest_checkpoint
-from tables import TITLES, interval, markdown, spread, write_csv, write_text
+from shards import read_meta
+from speed import parts_table, random_models, whole_table
+from student import Student, decode, encode, load_config, locate
+from tables import TITLES, interval, markdown, write_csv, write_text
 from teacher import PMRF
 
-ROOT = Path(__file__).resolve().parent
-# Training draws the degradations of face i from (seed, i, repeat), and numpy takes a missing number for 0: (seed, i) would
-# repeat them here, degradation by degradation. No training repeats a face so often that it reaches this number.
-EVALUATION = 2**32 - 1
 CEILING = "teacher through the VAE"  # the best that a student of this latent space can do at copying its target
 
 
-# --- what is compared, and on which pictures -------------------------------------------------------------------------
+# --- what is compared-----------------------------------------------------------------------------------------------
 
 
 def load_models(checkpoints, device):
@@ -129,62 +140,44 @@ def methods(students, teacher, steps):
     return rows
 
 
-def faces(data, limit, size, level, ranges, seed):
-    """Clean faces and their degraded copies: yields (file name, seed + index, x, y), pictures (3, size, size) in [0, 1]."""
-    paths = images.find_images([data])[:limit]
-    if not paths:
-        raise ValueError(f"expected clean faces in {data}, got no picture: name another folder")
-    for i, path in enumerate(tqdm(paths, desc=level, disable=None)):
-        x = degrade.square(images.read_image(path), size)
-        params = degrade.level(level, size, seed + i) if level != "default" else None
-        params = params or degrade.sample(np.random.default_rng((seed, i, EVALUATION)), ranges, size)
-        x = degrade.to_gray(x) if params.gray else x  # as in training: a gray copy has a gray target
-        yield path.name, seed + i, x, degrade.apply(x, params)
-
-
-@torch.inference_mode()
-def apply_method(method, y, seed, device):
-    """x_hat (1, 3, S, S) as a file would hold it, 8 bits a channel, and the milliseconds that the method took."""
-    y = y[None].to(device)
-    synchronize(device)
-    start = time.perf_counter()
-    x_hat = method(y, seed)
-    synchronize(device)
-    ms = (time.perf_counter() - start) * 1000
-    return images.to_uint8(x_hat).float() / 255, ms
-
-
 # --- quality (Tab. 1, 2) ---------------------------------------------------------------------------------------------
 
 
 def quality(args):
-    """Writes quality.csv (a line a face and method) and quality.md (means with 95 % intervals over the faces)."""
+    """Writes quality.csv (a line a face and method) and quality.md (means with 95 % intervals over the faces).
+
+    Returns the number of faces that could not be read.
+    """
     device = choose_device(args.device)
     for package, names in (("torch_fidelity", SETS), ("pyiqa", NO_REFERENCE)):
-        if set(names) & set(args.metrics):
-            optional(package, ", ".join(names))  # before the work, not after it
+        if asked := sorted(set(names) & set(args.metrics)):
+            optional(package, ", ".join(asked))  # before the work, not after it
+    found, failed = find_faces(args.data, args.limit)
     students, teacher = load_models(args.checkpoint, device)
     rows, measure = methods(students, teacher, args.steps), PictureMetrics(args.metrics, device)
     size, lines, tables = next(iter(students.values())).image_size, [], []
+    images.make_folder(args.out)
     for level in args.level:
-        folder, done = args.out / "pictures" / level, []
-        for i, (name, seed, x, y) in enumerate(faces(args.data, args.limit, size, level, args.ranges, args.seed)):
-            if i == 0:
-                for method in rows.values():
-                    apply_method(method, y, seed, device)  # warm-up: the first call is slower
-            for row, method in rows.items():
-                x_hat, ms = apply_method(method, y, seed, device)
-                values = measure(x_hat, x[None].to(device))
-                done.append({"level": level, "method": row, "face": name, **values, "ms": ms})
-                keep_for_sets(folder, row, i, x_hat[0], args.metrics)
-            keep_for_sets(folder, "original", i, x, args.metrics)
-        sets = {row: measure_sets(folder, row, args.metrics, device) for row in rows}
-        title = f"## {heading(level, args)}, {i + 1} faces at {size} px\n\n"
+        with tempfile.TemporaryDirectory(prefix=".pictures_", dir=args.out) as folder:  # of this run and level alone
+            folder, done = Path(folder), []
+            for i, (name, seed, x, y) in enumerate(faces(found, size, level, args.ranges, args.seed)):
+                if i == 0:
+                    for method in rows.values():
+                        apply_method(method, y, seed, device)  # warm-up: the first call is slower
+                for row, method in rows.items():
+                    x_hat, ms = apply_method(method, y, seed, device)
+                    values = measure(x_hat, x[None].to(device))
+                    done.append({"level": level, "method": row, "face": name, **values, "ms": ms})
+                    keep_for_sets(folder, row, i, x_hat[0], args.metrics)
+                keep_for_sets(folder, "original", i, x, args.metrics)
+            sets = {row: measure_sets(folder, row, args.metrics, device) for row in rows}
+        title = f"## {heading(level, args)}, {len(found)} faces at {size} px\n\n"
         tables.append(title + quality_table(done, sets, args.metrics))
         print(tables[-1])
         lines += done
-    write_csv(args.out / "quality.csv", lines)
-    write_text(args.out / "quality.md", "\n".join(tables))
+        write_csv(args.out / "quality.csv", lines)
+        write_text(args.out / "quality.md", "\n".join(tables))
+    return failed
 
 
 def heading(level, args):
@@ -219,67 +212,32 @@ def measure_sets(folder, row, wanted, device):
 
 # --- ablation (Tab. 3) -----------------------------------------------------------------------------------------------
 
-LATENT_ONLY = ["--lambda-lpips", "0", "--lambda-l1", "0", "--lambda-sgcl", "0"]
-ABLATION = {  # row: options for both stages, steps of Stage A and of Stage B in units of --steps
-    "full": ([], 1, 1),
-    "w/o adapter": (["--adapter", "none"], 1, 1),
-    "w/o SGCL": (["--lambda-sgcl", "0"], 1, 1),
-    "SGCL from the posterior mean": (["--sgcl-source", "mmse"], 1, 1),
-    "w/o zero linear (scalar gate)": (["--adapter", "scalar-gate"], 1, 1),
-    "w/o pixel losses (latent only)": (LATENT_ONLY, 1, 1),
-    "Stage A only": ([], 2, 0),
-    "Stage B only": ([], 0, 2),
-}
-
 
 def ablation(args):
-    """Trains every row of ABLATION with every seed, all with the same number of steps; writes ablation.csv and ablation.md."""
+    """Trains every row of ABLATION with every seed and measures it; ablation.csv and ablation.md grow row by row.
+
+    The same command again trains only what is missing. Returns the number of faces that could not be read.
+    """
     device, lines = choose_device(args.device), []
+    found, failed = find_faces(args.data, args.limit)
+    images.make_folder(args.out)
+    count = read_meta(args.cache)["count"]
     measure = PictureMetrics(args.metrics, device)
-    for row, (options, a, b) in ABLATION.items():
+    note = f"{2 * args.steps} steps of batch {args.batch} ({args.precision}) a row on {count} samples; seeds {args.seeds}; "
+    note += f"{len(found)} faces, drawn from {args.ranges}, seed 0. Mean over seeds (lowest to highest). The differences are "
+    note += "paired by face and seed, with the 95 % interval of drawing faces and seeds with replacement.\n\n"
+    fixes = {"full": wavelet_color_fix, "w/o colour correction": lambda x, y: x}  # measured on the same students
+    for row in ABLATION:
         for seed in args.seeds:
             folder = args.out / "".join(c if c.isalnum() else "_" for c in row) / f"seed_{seed}"
-            common = ["--cache", args.cache, "--seed", seed, *options]
-            train(folder / "stage_a", a * args.steps, args.batch, ["--stage", "A", *common])
-            if b:
-                init = ["--stage", "B", "--init", folder / "stage_a"]
-                train(folder / "stage_b", b * args.steps, args.batch, [*init, *common])
-            student = Student.load(folder / ("stage_b" if b else "stage_a")).to(device)
-            lines += measure_row(row, seed, student, lambda x, y: wavelet_color_fix(x, y), measure, args, device)
-            if row == "full":
-                lines += measure_row("w/o colour correction", seed, student, lambda x, y: x, measure, args, device)
-            write_csv(args.out / "ablation.csv", lines)
-    table, metrics = [], [m for m in PAIRED if m in args.metrics]
-    for row in dict.fromkeys(line["row"] for line in lines):
-        seeds = [[line for line in lines if (line["row"], line["seed"]) == (row, s)] for s in args.seeds]
-        table.append([row, *(spread([statistics.fmean(f[m] for f in face) for face in seeds], m) for m in metrics)])
-    note = f"Steps a row: {2 * args.steps}; seeds: {args.seeds}; mean over seeds (lowest to highest).\n\n"
-    text = note + markdown(["", *(TITLES[m] for m in metrics)], table)
-    write_text(args.out / "ablation.md", text)
-    print(text)
-
-
-def train(folder, steps, batch, options):
-    """Runs train.py until `folder` holds a checkpoint of that many steps; nothing to do where it does (whatever the cache)."""
-    try:
-        config = load_config(newest_checkpoint(folder))
-        if (config.get("step"), config.get("batch")) == (steps, batch):
-            return
-    except FileNotFoundError:
-        pass
-    command = [sys.executable, ROOT / "train.py", "--out", folder, "--steps", steps, "--batch", batch, *options]
-    command = list(map(str, command))
-    if code := subprocess.run(command).returncode:
-        raise ValueError(f"expected train.py to end well, got exit code {code} (see above): {' '.join(command)}")
-
-
-def measure_row(row, seed, student, color_fix, measure, args, device):
-    """One line a face: the student's quality on the validation faces, degraded with seed 0 whatever the training seed."""
-    lines = []
-    for name, _, x, y in faces(args.data, args.limit, student.image_size, "default", args.ranges, seed=0):
-        x_hat, _ = apply_method(lambda y, _: color_fix(student(y), y), y, 0, device)
-        lines.append({"row": row, "seed": seed, "face": name, **measure(x_hat, x[None].to(device))})
-    return lines
+            common = ["--batch", args.batch, "--precision", args.precision, "--seed", seed]
+            student = Student.load(train_row(folder, row, args.steps, args.cache, common)).to(device)
+            for name, fix in fixes.items() if row == "full" else [(row, wavelet_color_fix)]:
+                lines += measure_row(name, seed, student, fix, found, args.ranges, measure, device)
+        write_csv(args.out / "ablation.csv", lines)
+        write_text(args.out / "ablation.md", note + ablation_table(lines))
+    print(note + ablation_table(lines))
+    return failed
 
 
 # --- speed (Tab. 1, "Time") ------------------------------------------------------------------------------------------
@@ -288,6 +246,8 @@ def measure_row(row, seed, student, color_fix, measure, args, device):
 def speed(args):
     """Prints (and writes, with --out) a table of whole methods and one of the student's parts, all measured in this run."""
     device = choose_device(args.device)
+    if args.out:
+        images.make_folder(args.out)  # before the work, not after it
     if args.random_weights:
         student, teacher = random_models(load_config(args.random_weights))
     else:
@@ -317,13 +277,20 @@ img{{width:{width}px;display:block}}td{{font-size:12px;color:#444}}</style>
 
 
 def report(args):
-    """Writes one HTML page with all pictures in it: a row a face, a column a method, the numbers under each picture."""
+    """Writes one HTML page with all pictures in it: a row a face, a column a method, the numbers under each picture.
+
+    Returns the number of faces that could not be read.
+    """
     device = choose_device(args.device)
+    if args.out.is_dir():
+        raise ValueError(f"expected a file for the page, got the folder {args.out}: name a file in it")
+    found, failed = find_faces(args.data, args.limit)
+    images.make_folder(args.out.parent)
     students, teacher = load_models(args.checkpoint, device)
     columns, measure = methods(students, teacher, [teacher.steps]), PictureMetrics(("psnr", "ssim", "lpips"), device)
     columns.pop(CEILING)
     size, rows = next(iter(students.values())).image_size, []
-    for name, seed, x, y in faces(args.data, args.limit, size, args.level, args.ranges, args.seed):
+    for name, seed, x, y in faces(found, size, args.level, args.ranges, args.seed):
         cells = []
         for method in columns.values():
             x_hat, _ = apply_method(method, y, seed, device)
@@ -335,6 +302,7 @@ def report(args):
     page = PAGE.format(width=max(192, size // 2), caption=caption, header=header, rows="\n".join(rows))
     write_text(args.out, page)
     print(f"{args.out}: {len(rows)} faces")
+    return failed
 
 
 def cell(x, text):
@@ -345,15 +313,17 @@ def cell(x, text):
 
 def main(args):
     try:
-        {"quality": quality, "ablation": ablation, "speed": speed, "report": report}[args.command](args)
-    except KeyboardInterrupt:
-        print("evaluate.py: interrupted", file=sys.stderr)
-        return 130
+        with images.enough_memory(args.command, "use --device cpu, or a machine with more"):
+            command = {"quality": quality, "ablation": ablation, "speed": speed, "report": report}[args.command]
+            failed = command(args)
     except (ValueError, OSError) as e:
         print(f"evaluate.py: {e}", file=sys.stderr)
         return 1
-    return 0
+    if failed:
+        print(f"evaluate.py: {failed} of the pictures in {args.data} left out, as named above", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal has arrows
     sys.exit(main(ARGS))

@@ -54,10 +54,15 @@ def ssim(a, b, sigma=1.5, window=11, k=(0.01, 0.03)):
 
 
 def mean_interval(values, level=0.95, resamples=2000, seed=0):
-    """Mean and its bootstrap percentile interval: values of n faces -> (mean, low, high), the faces drawn with replacement."""
-    values = np.asarray(values, dtype=np.float64)
-    draws = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
-    low, high = np.quantile(values[draws].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    """Mean and its bootstrap percentile interval: values of n faces -> (mean, low, high), the faces drawn with replacement.
+
+    values: (n,), or (seeds, n) of several training seeds on the same faces, which are drawn with replacement as well.
+    """
+    values = np.atleast_2d(np.asarray(values, dtype=np.float64))
+    rng, (seeds, n) = np.random.default_rng(seed), values.shape
+    faces = rng.integers(n, size=(resamples, 1, n))
+    means = values[rng.integers(seeds, size=(resamples, seeds, 1)), faces].mean(axis=(1, 2))
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(values.mean()), float(low), float(high)
 
 

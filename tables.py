@@ -3,7 +3,7 @@
 import csv
 import io
 
-from images import write_bytes
+from images import make_folder, write_bytes
 from metrics import mean_interval
 
 TITLES = {
@@ -48,6 +48,6 @@ def write_csv(path, lines):
 
 
 def write_text(path, text):
-    """Writes text as UTF-8, whole or not at all; makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, text.encode())
+    """Writes text as UTF-8, whole or not at all; makes the folder. A file name in it need not be valid UTF-8."""
+    make_folder(path.parent)
+    write_bytes(path, text.encode(errors="backslashreplace"))

@@ -1,4 +1,4 @@
-"""evaluate.py, metrics.py, speed.py: measures against scikit-image and statistics, and each table from end to end."""
+"""The tables (evaluate.py and what it stands on): measures against scikit-image, and each table from end to end."""
 
 import csv
 import importlib.util
@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -17,11 +18,14 @@ import numpy as np
 import pytest
 import torch
 
+import ablation
 import degrade
 import evaluate
+import faces
 import images
 import metrics
 import speed
+import tables
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,6 +116,14 @@ def test_bootstrap_interval_is_the_textbooks_for_a_normal_sample():
     assert metrics.mean_interval(values) == (mean, low, high)  # the same each time
 
 
+def test_bootstrap_interval_over_seeds_knows_that_two_seeds_say_little():
+    faces_ = np.random.default_rng(0).normal(0, 1, 200)
+    same = metrics.mean_interval(np.stack([faces_, faces_]))  # the seeds agree: as from the faces alone
+    assert same == pytest.approx(metrics.mean_interval(faces_), abs=0.03)
+    mean, low, high = metrics.mean_interval(np.stack([faces_ - 1, faces_ + 1]))
+    assert mean == pytest.approx(faces_.mean()) and high - low > 1.9
+
+
 def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypatch):
     for package, pip in (("torch_fidelity", "torch-fidelity"), ("pyiqa", "pyiqa")):
         monkeypatch.setitem(sys.modules, package, None)  # import fails
@@ -138,7 +150,7 @@ def test_quality_writes_what_the_pictures_give(tmp_path, monkeypatch):
     names = ["input", "posterior mean", "teacher, 1 step", "student tiny", evaluate.CEILING]
     assert [x["method"] for x in lines] == names * 4  # two levels, two faces
     x = degrade.square(images.read_image(CLEAN / "hopper.png"), 128)  # the second face
-    y = degrade.apply(x, degrade.sample(np.random.default_rng((7, 1, evaluate.EVALUATION)), "difface", 128))
+    y = degrade.apply(x, degrade.sample(np.random.default_rng((7, 1, degrade.EVALUATION)), "difface", 128))
     mse = ((y - x).double() ** 2).mean().item()
     assert float(lines[5]["psnr"]) == pytest.approx(10 * math.log10(1 / mse), abs=1e-4)
     assert asked["input"] == (2, "original", True, False, True) and set(asked) == set(names)
@@ -149,17 +161,39 @@ def test_quality_writes_what_the_pictures_give(tmp_path, monkeypatch):
 
 
 def test_quality_wants_pictures(tmp_path):
-    with pytest.raises(ValueError, match="expected clean faces"):
-        list(evaluate.faces(tmp_path, None, 128, "default", "difface", 0))
+    with pytest.raises(ValueError, match="expected clean faces.*no picture"):
+        faces.find_faces(tmp_path)
+    (tmp_path / "a.png").write_text("no picture")
+    with pytest.raises(ValueError, match="1 that cannot be read"):
+        faces.find_faces(tmp_path)
+
+
+def test_a_broken_face_is_named_left_out_and_changes_no_other(tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    for name, source in (("a", "collins"), ("c", "hopper")):
+        (data / f"{name}.png").write_bytes((CLEAN / f"{source}.png").read_bytes())
+    (data / "b.png").write_bytes((CLEAN / "hopper.png").read_bytes()[:5000])
+    args = ["quality", "--data", data, "--metrics", "psnr", "--steps", 1, "--out", tmp_path / "out", "--device", "cpu"]
+    assert evaluate.main(evaluate.parse_args([str(a) for a in args])) == 1
+    streams = capsys.readouterr()
+    named = [line for line in streams.err.splitlines() if line.startswith("evaluate.py")]
+    assert len(named) == 2 and "b.png" in named[0] and "1 of the pictures" in named[1]
+    assert "2 faces" in (tmp_path / "out" / "quality.md").read_text()
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["quality.csv", "quality.md"]
+    with open(tmp_path / "out" / "quality.csv") as f:
+        line = [x for x in csv.DictReader(f) if x["face"] == "c.png"][0]
+    x = degrade.square(images.read_image(CLEAN / "hopper.png"), 128)  # the third face, whatever became of the second
+    y = degrade.apply(x, degrade.sample(np.random.default_rng((0, 2, degrade.EVALUATION)), "difface", 128))
+    assert float(line["psnr"]) == pytest.approx(metrics.psnr(y[None], x[None]).item(), abs=1e-4)
 
 
 def test_no_face_is_measured_with_a_degradation_that_training_draws(monkeypatch):
     measured = []
-    monkeypatch.setattr(evaluate.degrade, "apply", lambda x, params: measured.append(params) or x)
-    names = [evaluate.images.find_images([CLEAN])[0]] * 20
-    monkeypatch.setattr(evaluate.images, "find_images", lambda _: names)
+    monkeypatch.setattr(degrade, "apply", lambda x, params: measured.append(params) or x)
+    found = [(i, CLEAN / "hopper.png") for i in range(20)]
     for seed in range(3):
-        list(evaluate.faces(CLEAN, None, 128, "default", "difface", seed))
+        list(faces.faces(found, 128, seed=seed))
     streams = [(seed, face, *repeat) for seed in range(3) for face in range(20) for repeat in ((), (0,), (1,), (2,))]
     trained = {degrade.sample(np.random.default_rng(stream), "difface", 128) for stream in streams}
     assert len(set(measured)) == 60 and not trained & set(measured)
@@ -169,13 +203,16 @@ def test_no_face_is_measured_with_a_degradation_that_training_draws(monkeypatch)
 
 
 def test_ablation_rows_are_commands_that_train_understands():
-    for options, a, b in evaluate.ABLATION.values():
+    common = ["--batch", "2", "--precision", "bf16", "--seed", "0"]
+    for options, a, b in ablation.ABLATION.values():
         assert a + b == 2  # the same number of steps for every row
-        train.parse_args(["--stage", "A", "--steps", str(a), *options])
-        train.parse_args(["--stage", "B", "--init", "x", "--steps", str(b), *options])
+        train.parse_args(["--stage", "A", "--steps", str(a), *common, *options])
+        train.parse_args(["--stage", "B", "--init", "x", "--steps", str(b), *common, *options])
 
 
-def test_ablation_trains_a_row_only_until_it_is_finished(tmp_path, monkeypatch):
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """A cache's meta.json, and a stand-in for train.py: the commands that were run."""
     commands = []
 
     def finish(command):
@@ -185,28 +222,79 @@ def test_ablation_trains_a_row_only_until_it_is_finished(tmp_path, monkeypatch):
         (folder / "config.json").write_text(json.dumps({"preset": "tiny", "stage": "A", "step": 3, "batch": 2}))
         return types.SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(evaluate.subprocess, "run", finish)
+    monkeypatch.setattr(ablation.subprocess, "run", finish)
+    (tmp_path / "cache").mkdir()
+    meta = {"preset": "tiny", "image_size": 128, "count": 0, "shards": []}
+    (tmp_path / "cache" / "meta.json").write_text(json.dumps(meta))
+    return commands
+
+
+def test_ablation_trains_a_row_only_until_it_is_finished(tmp_path, trained, monkeypatch):
     for _ in range(2):
-        evaluate.train(tmp_path / "row", 3, 2, ["--stage", "A"])
-    assert len(commands) == 1 and commands[0][1:4] == [str(ROOT / "train.py"), "--out", str(tmp_path / "row")]
-    monkeypatch.setattr(evaluate.subprocess, "run", lambda command: types.SimpleNamespace(returncode=1))
+        ablation.train(tmp_path / "row", 3, tmp_path / "cache", ["--stage", "A"])
+    assert len(trained) == 1 and trained[0][1:4] == [str(ROOT / "train.py"), "--out", str(tmp_path / "row")]
+    monkeypatch.setattr(ablation.subprocess, "run", lambda command: types.SimpleNamespace(returncode=1))
     with pytest.raises(ValueError, match="exit code 1"):
-        evaluate.train(tmp_path / "other", 3, 2, ["--stage", "A"])
+        ablation.train(tmp_path / "other", 3, tmp_path / "cache", ["--stage", "A"])
+    assert not (tmp_path / "other").exists()  # to be tried again
 
 
-def test_ablation_measures_every_row_and_seed(tmp_path, monkeypatch):
+def test_ablation_uses_no_run_of_other_options_or_another_cache(tmp_path, trained):
+    ablation.train(tmp_path / "row", 3, tmp_path / "cache", ["--stage", "A", "--batch", 2])
+    for steps, options, named in ((4, ["--stage", "A", "--batch", 2], "steps 3"), (3, ["--stage", "A"], "--batch")):
+        with pytest.raises(ValueError, match=named):
+            ablation.train(tmp_path / "row", steps, tmp_path / "cache", options)
+    meta = tmp_path / "cache" / "meta.json"
+    meta.write_text(meta.read_text() + " ")
+    with pytest.raises(ValueError, match="cache_sha256"):
+        ablation.train(tmp_path / "row", 3, tmp_path / "cache", ["--stage", "A", "--batch", 2])
+    assert len(trained) == 1
+
+
+def test_ablation_measures_every_row_and_seed(tmp_path, trained, monkeypatch):
     student = evaluate.Student.load("tiny")
-    trained = []
-    monkeypatch.setattr(evaluate, "train", lambda folder, steps, *_: trained.append((folder.name, steps)))
     monkeypatch.setattr(evaluate.Student, "load", lambda folder: student)
-    rows = {"full": ([], 1, 1), "Stage A only": ([], 2, 0)}
-    monkeypatch.setattr(evaluate, "ABLATION", rows)
-    run("ablation", "--cache", "c", "--data", CLEAN, "--limit", 1, "--steps", 5, "--seeds", 0, 1, "--out", tmp_path)
-    assert trained == [("stage_a", 5), ("stage_b", 5)] * 2 + [("stage_a", 10)] * 2
-    text = (tmp_path / "ablation.md").read_text()
+    rows = {"full": ([], 1, 1), "w/o SGCL": (["--lambda-sgcl", "0"], 1, 1), "Stage A only": ([], 2, 0)}
+    for module in (evaluate, ablation):
+        monkeypatch.setattr(module, "ABLATION", rows)
+    run("ablation", "--cache", tmp_path / "cache", "--data", CLEAN, "--limit", 1, "--steps", 5, "--seeds", 0, 1,
+        "--precision", "bf16", "--out", tmp_path / "out")  # fmt: skip
+    said = [
+        (Path(c[c.index("--out") + 1]).name, int(c[c.index("--steps") + 1]), c[c.index("--seed") + 1]) for c in trained
+    ]
+    each = [[("stage_a", 5, s), ("stage_b", 5, s)] for s in "01"]
+    assert said == [*each[0], *each[1]] * 2 + [("stage_a", 10, "0"), ("stage_a", 10, "1")]
+    assert all(c[c.index("--precision") + 1] == "bf16" for c in trained) and "--lambda-sgcl" in trained[4]
+    assert trained[1][-2:] == ["--init", str(tmp_path / "out" / "full" / "seed_0" / "stage_a")]
+    text = (tmp_path / "out" / "ablation.md").read_text()
     values = dict(re.findall(r"^\| (.+?) \| ([\d.]+) \(", text, re.M))
-    assert list(values) == ["full", "w/o colour correction", "Stage A only"]
+    assert list(values) == ["full", "w/o colour correction", "w/o SGCL", "Stage A only"]
     assert values["full"] == values["Stage A only"] != values["w/o colour correction"]
+    assert "| +0.0000 [+0.0000, +0.0000] |" in text
+
+
+def test_ablation_wants_faces_and_a_cache_before_it_trains(tmp_path, trained, capsys):
+    for data, cache in ((tmp_path / "none", tmp_path / "cache"), (CLEAN, tmp_path / "none")):
+        args = ["ablation", "--data", data, "--cache", cache, "--steps", 1, "--out", tmp_path / "out"]
+        assert evaluate.main(evaluate.parse_args([str(a) for a in args])) == 1
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not trained
+
+
+def test_ablation_difference_is_paired_by_face_and_seed():
+    rng = np.random.default_rng(0)
+    level = rng.normal(0.3, 0.1, (2, 40))  # what faces and seeds share: far larger than the effect
+    gain = rng.normal(0.004, 0.002, (2, 40))
+    lines = [
+        {"row": row, "seed": s, "face": f"{i}", "psnr": 20.0, "lpips": level[s, i] + k * gain[s, i]}
+        for row, k in (("full", 0), ("w/o x", 1)) for s in (0, 1) for i in range(40)
+    ]  # fmt: skip
+    text = ablation.ablation_table(lines).splitlines()
+    assert "LPIPS ↓ minus full's" in text[0] and text[2].endswith("|  |")
+    mean, low, high = (float(v) for v in re.search(r"\| ([+-][\d.]+) \[(.+), (.+)\] \|$", text[3]).groups())
+    assert mean == pytest.approx(gain.mean(), abs=6e-5)
+    half = 1.96 * 0.002 / 80**0.5
+    assert 0.7 * half < (high - low) / 2 < 3 * half and low > 0
 
 
 # --- speed and report
@@ -266,9 +354,52 @@ def test_help_and_wrong_arguments_answer_within_a_second():
 
 
 def test_errors_are_one_line(tmp_path, capsys):
-    for data, checkpoint in ((CLEAN, tmp_path / "none"), (tmp_path / "none", "tiny")):
-        args = ["quality", "--data", data, "--checkpoint", checkpoint, "--out", tmp_path / "out"]
+    (tmp_path / "file").touch()
+    for data, checkpoint, out in (
+        (CLEAN, tmp_path / "none", "out"), (tmp_path / "none", "tiny", "out"), (CLEAN, "tiny", "file")
+    ):  # fmt: skip
+        args = ["quality", "--data", data, "--checkpoint", checkpoint, "--out", tmp_path / out]
         assert evaluate.main(evaluate.parse_args([str(a) for a in args])) == 1
         error = capsys.readouterr().err
         assert error.startswith("evaluate.py: expected") and len(error.splitlines()) == 1
-    assert not list(tmp_path.iterdir())
+    assert evaluate.main(evaluate.parse_args(["report", "--data", str(CLEAN), "--out", str(tmp_path)])) == 1
+    assert "expected a file for the page" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+     RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried")],
+)  # fmt: skip
+def test_too_little_memory_is_one_line(tmp_path, monkeypatch, capsys, error):
+    def load(*_):
+        raise error
+
+    monkeypatch.setattr(evaluate, "load_models", load)
+    args = evaluate.parse_args(["quality", "--data", str(CLEAN), "--out", str(tmp_path)])
+    assert evaluate.main(args) == 1
+    assert capsys.readouterr().err == (
+        "evaluate.py: expected enough memory for quality, got too little: use --device cpu, or a machine with more\n"
+    )
+    monkeypatch.setattr(evaluate, "load_models", lambda *_: [].pop())
+    with pytest.raises(IndexError):  # a fault of the code is not hidden
+        evaluate.main(args)
+
+
+def test_ctrl_c_ends_with_one_line_and_130(tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, ROOT / "evaluate.py", "quality", "--data", CLEAN, "--out", out, "--steps", "500"]
+    process = subprocess.Popen([*map(str, command), "--device", "cpu"], stderr=subprocess.PIPE, text=True)
+    while not list(out.glob(".pictures_*")):  # in the middle of the work
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    error = process.communicate()[1]
+    assert process.returncode == 130 and "Traceback" not in error and "evaluate.py: interrupted" in error
+    assert not list(out.iterdir())
+
+
+def test_what_a_terminal_or_utf8_cannot_hold_is_written_nevertheless(tmp_path):
+    tables.write_text(tmp_path / "a.csv", "face \udcff\n")  # as Python reads a file name of other bytes
+    assert (tmp_path / "a.csv").read_bytes() == b"face \\udcff\n"

@@ -1,0 +1,101 @@
+"""The rows of the ablation (paper Tab. 3): how train.py makes each, how it is measured, and the table of all.
+
+Used by `python evaluate.py ablation`. Every row has the same number of training steps, each seed a run of its own. A row is
+compared with the full model pairwise, the same face and seed in both: what they share cancels, and small effects show.
+"""
+
+import hashlib
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from faces import apply_method, faces
+from metrics import PAIRED, mean_interval
+from student import newest_checkpoint
+from tables import DIGITS, TITLES, markdown, spread, write_text
+
+ROOT = Path(__file__).resolve().parent
+LATENT_ONLY = ["--lambda-lpips", "0", "--lambda-l1", "0", "--lambda-sgcl", "0"]
+ABLATION = {  # row: options for both stages, steps of Stage A and of Stage B in units of --steps
+    "full": ([], 1, 1),
+    "w/o adapter": (["--adapter", "none"], 1, 1),
+    "w/o SGCL": (["--lambda-sgcl", "0"], 1, 1),
+    "SGCL from the posterior mean": (["--sgcl-source", "mmse"], 1, 1),
+    "w/o zero linear (scalar gate)": (["--adapter", "scalar-gate"], 1, 1),
+    "w/o pixel losses (latent only)": (LATENT_ONLY, 1, 1),
+    "Stage A only": ([], 2, 0),
+    "Stage B only": ([], 0, 2),
+}
+
+
+def train_row(folder, row, steps, cache, common):
+    """Both stages of a row, as far as they are missing: the folder of its last checkpoint. common: more options of train.py."""
+    options, a, b = ABLATION[row]
+    options = [*common, *options]
+    train(folder / "stage_a", a * steps, cache, ["--stage", "A", *options])
+    if not b:
+        return folder / "stage_a"
+    train(folder / "stage_b", b * steps, cache, ["--stage", "B", *options], ["--init", folder / "stage_a"])
+    return folder / "stage_b"
+
+
+def train(folder, steps, cache, options, init=()):
+    """Runs train.py until `folder` holds its last checkpoint; nothing to do where trained.json says that this was done.
+
+    trained.json is written when train.py has ended well. It tells steps, options and cache (the sha256 of meta.json, which
+    holds those of all shards). ValueError if it tells of others, or if train.py fails. The published weights that the cache's
+    preset names, and the code, are taken to be the same as before.
+    """
+    digest = hashlib.sha256((Path(cache) / "meta.json").read_bytes()).hexdigest()
+    wanted, note = {"steps": steps, "options": list(map(str, options)), "cache_sha256": digest}, folder / "trained.json"
+    if note.is_file():
+        before = json.loads(note.read_text())
+        if differ := [
+            f"{key} {before.get(key)} (now {wanted[key]})" for key in wanted if before.get(key) != wanted[key]
+        ]:
+            raise ValueError(
+                f"expected in {folder} a run of these options, got another: {', '.join(differ)}: delete it"
+            )
+        newest_checkpoint(folder)
+        return
+    command = [sys.executable, ROOT / "train.py", "--out", folder, "--steps", steps, "--cache", cache, *options, *init]
+    command = list(map(str, command))
+    if code := subprocess.run(command).returncode:
+        raise ValueError(f"expected train.py to end well, got exit code {code} (see above): {' '.join(command)}")
+    write_text(note, json.dumps(wanted, indent=1) + "\n")
+
+
+def measure_row(row, seed, student, color_fix, found, ranges, measure, device):
+    """One line a face: the student's quality on the faces found, degraded with seed 0 whatever the training seed."""
+    lines = []
+    for name, _, x, y in faces(found, student.image_size, "default", ranges, seed=0):
+        x_hat, _ = apply_method(lambda y, _: color_fix(student(y), y), y, 0, device)
+        lines.append({"row": row, "seed": seed, "face": name, **measure(x_hat, x[None].to(device))})
+    return lines
+
+
+def ablation_table(lines):
+    """Markdown: mean over seeds (lowest to highest) of each measure, and the LPIPS beyond the first row's with its interval."""
+    measures = [m for m in PAIRED if m in lines[0]]
+    paired = [m for m in measures if m.startswith("lpips")]
+    values = {}  # row: measure: array (seeds, faces)
+    for row in dict.fromkeys(line["row"] for line in lines):
+        own = [line for line in lines if line["row"] == row]
+        seeds = dict.fromkeys(line["seed"] for line in own)
+        values[row] = {m: np.array([[line[m] for line in own if line["seed"] == s] for s in seeds]) for m in measures}
+    first, table = next(iter(values.values())), []
+    for row, v in values.items():
+        cells = [spread([statistics.fmean(face) for face in v[m]], m) for m in measures]
+        cells += ["" if v is first else signed(mean_interval(v[m] - first[m]), m) for m in paired]
+        table.append([row, *cells])
+    return markdown(["", *(TITLES[m] for m in measures), *(f"{TITLES[m]} minus full's" for m in paired)], table)
+
+
+def signed(mean_low_high, metric):
+    """A difference and its interval, as text."""
+    mean, low, high = (f"{v:+.{DIGITS.get(metric, 4)}f}" for v in mean_low_high)
+    return f"{mean} [{low}, {high}]"
