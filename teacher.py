@@ -1,4 +1,4 @@
-"""PMRF, the frozen teacher (paper Sec. 3.1, Eq. 1-4): a posterior mean, and a flow from it to the natural images.
+"""PMRF, the frozen teacher (paper Sec. 1.1 and 3.1, Eq. 1-4): a posterior mean, and a flow from it to natural images.
 
     Eq. 1   dx/dt = v(x_t, t), x(0) = X*, x(1) = X_0                        PMRF.transport, by left Euler steps
     Eq. 2   X* = E[X | Y] = argmin E ||X* - X||^2                           SwinIR, posterior_mean_loss

@@ -105,6 +105,14 @@ def test_eq2_the_minimiser_is_the_conditional_mean():
     assert loss.item() == pytest.approx(x.square().mean().item())
 
 
+def test_eq2_the_posterior_mean_is_clipped_and_the_network_is_not():
+    pmrf, y = small_pmrf(), torch.rand(1, 3, 64, 64)
+    nn.init.normal_(pmrf.mmse_model.conv_last.bias)
+    x_hat = pmrf.mmse_model(y)
+    assert x_hat.min() < -0.1 and x_hat.max() > 1.1
+    assert torch.equal(pmrf.posterior_mean(y), x_hat.detach().clip(0, 1))
+
+
 def test_eq2_the_light_form_starts_as_the_identity_and_learns():
     """num_feat 0: one convolution and a pixel shuffle, under the names of public SwinIR's "pixelshuffledirect"."""
     torch.manual_seed(0)
@@ -330,6 +338,21 @@ def test_cosine_attention_ignores_the_length_of_queries_and_keys():
     assert worst(unit, attn.normalise(5 * z)) < 1e-5
     assert worst(unit.norm(dim=-1), torch.full((1, 2, 2, 2), 10.0).sqrt()) < 1e-5
     assert torch.equal(attn.normalise(0 * z), 0 * z)
+
+
+def test_norms_have_the_eps_of_the_public_code():
+    """Where the mean square is eps, a norm divides by sqrt(2 eps) instead of sqrt(eps)."""
+    x = torch.full((1, 2, 2, 8), 1e-3)
+    half = torch.full_like(x, 0.5**0.5)
+    assert worst(hdit.RMSNorm(8)(x), half) < 1e-6
+    norm = hdit.AdaRMSNorm(8, 4)
+    nn.init.constant_(norm.linear.weight, 0.5)
+    assert worst(norm(x, torch.ones(1, 4)), 3 * half) < 1e-5  # the gain is 4 * 0.5 + 1
+    attn, z = hdit.SelfAttention(8, 8, 4, None), torch.full((1, 2, 2, 1, 8), 1e-3) / 8**0.5  # the sum of squares
+    assert worst(attn.normalise(z), torch.full_like(z, (10 / 2 / 8) ** 0.5)) < 1e-6
+    for net in [m for m in SwinIR(8, [2], [1]).modules() if isinstance(m, nn.LayerNorm)]:
+        x = 1e-5**0.5 * torch.tensor([1.0, -1.0] * 4)
+        assert worst(net(x), 0.5**0.5 * x.sign()) < 1e-5
 
 
 def test_hdit_begins_as_zero_and_learns():
