@@ -13,7 +13,7 @@ import shutil
 import torch
 from safetensors.torch import load_file, save_file
 
-from images import sync
+from images import sync, write_bytes
 from student import load_config
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -45,8 +45,8 @@ def write(out, step, fill, keep=2):
         sync(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in steps_in(out)[:-keep]:
-        shutil.rmtree(old)
+    for old in {*out.glob("step-??????")} - {*steps_in(out)[-keep:]}:
+        shutil.rmtree(old)  # what a killed process has half removed, too
 
 
 def save_training(path, trained, optimizer):
@@ -87,7 +87,8 @@ def trim_log(path, step):
     """Drops what a killed run logged after its last checkpoint: those steps are made again."""
     if path.is_file():
         whole = [line for line in path.read_text().splitlines() if line.startswith("{") and line.endswith("}}")]
-        path.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
+        kept = "".join(line + "\n" for line in whole if json.loads(line)["step"] <= step)
+        write_bytes(path, kept.encode())  # whole or not at all: a run can be killed here, too
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ where it was, and N processes share the steps of one.
 import hashlib
 import json
 import os
+import signal
 
 import torch
 import torch.nn as nn
@@ -50,6 +51,11 @@ class Batches:
         return self.order[i]
 
 
+def deaf(_):
+    """A data worker leaves Ctrl-C to the process that it works for."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class OneStep(nn.Module):
     """The student's Eq. 5 as the forward of a module, which is what DistributedDataParallel can wrap."""
 
@@ -67,6 +73,13 @@ def generator(*key):
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 
+def recompute(student):
+    """Activations of the UNet, the spatial encoder and the VAE are made again in the backward pass, not kept."""
+    for part in (student.unet, student.spatial_encoder, student.vae):
+        if part._supports_gradient_checkpointing:  # all but the tiny preset's autoencoder
+            part.enable_gradient_checkpointing()
+
+
 class Run:
     """One training run on one process: its parts, its log, its checkpoints."""
 
@@ -74,34 +87,23 @@ class Run:
         self.args, self.rank, self.world = args, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         gpu = torch.cuda.is_available()
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
-        if args.precision == "auto":
-            args.precision = "bf16" if gpu else "fp32"
         if args.batch % (self.world * args.accumulate):
             raise ValueError(
                 f"expected --batch to be a multiple of processes x --accumulate, got {args.batch} "
                 f"and {self.world} x {args.accumulate}: change --batch"
             )
         self.data = CacheDataset(args.cache)
-        self.student = self.build()
-        self.check_vae()
+        self.student = self.build().to(self.device)
+        self.teacher, self.lpips_fn = self.critics()
+        self.check_networks()
+        if args.precision == "auto":
+            args.precision = "bf16" if gpu else "fp32"
         args.lr = self.student.config["lr"] if args.lr is None else args.lr
-        self.student.to(self.device)
         self.trained = self.student.set_stage(args.stage)
         if args.checkpointing:
-            student = self.student
-            for part in (student.unet, student.spatial_encoder, student.vae):
-                if part._supports_gradient_checkpointing:  # all but the tiny preset's autoencoder
-                    part.enable_gradient_checkpointing()
-                    part.train()  # diffusers recomputes in training mode only; no layer here differs in it
+            recompute(self.student)
         self.ema = {name: p.detach().clone() for name, p in self.trained.items()}
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=args.lr, weight_decay=5e-5)
-        self.teacher = self.lpips_fn = None
-        if args.lambda_sgcl:
-            self.teacher = (
-                PMRF.from_pretrained(locate(self.student.config["teacher"])).to(self.device).requires_grad_(False)
-            )
-        if args.lambda_lpips or args.lambda_l1 or args.lambda_sgcl:
-            self.lpips_fn = losses.load_lpips().to(self.device)
         self.one_step = OneStep(self.student)
 
     def autocast(self):
@@ -130,30 +132,33 @@ class Run:
             )
         return Student.load(args.init)
 
-    def check_vae(self):
-        """ValueError if the latents of the cache are not those of the student's VAE (Sec. 3.2: one shared encoder)."""
-        ours, theirs = weights_sha256(self.student.vae), self.data.meta["vae_sha256"]
-        if ours != theirs:
-            raise ValueError(
-                f"expected latents of the student's VAE (sha256 {ours[:12]}), {self.args.cache} holds those of another "
-                f"({theirs[:12]}): make the cache again"
-            )
+    def critics(self):
+        """The frozen networks behind the pixel terms of Eq. 6, each where it is needed: the teacher (SGCL) and LPIPS."""
+        args, teacher, lpips_fn = self.args, None, None
+        if args.lambda_sgcl:
+            teacher = PMRF.from_pretrained(locate(self.student.config["teacher"])).to(self.device)
+            teacher.requires_grad_(False)
+        if args.lambda_lpips or args.lambda_l1 or args.lambda_sgcl:
+            lpips_fn = losses.load_lpips().to(self.device)
+        return teacher, lpips_fn
+
+    def check_networks(self):
+        """ValueError if the cache was made with another VAE (its latents are then of another space) or another teacher."""
+        for name, network in (("vae", self.student.vae), ("teacher", self.teacher)):
+            ours, theirs = network and weights_sha256(network), self.data.meta[f"{name}_sha256"]
+            if network and ours != theirs:
+                raise ValueError(
+                    f"expected a cache made with the preset's {name} (sha256 {ours[:12]}), {self.args.cache} was made "
+                    f"with another ({theirs[:12]}): make the cache again"
+                )
 
     def loader(self, first):
         """The batches of steps first + 1 ... args.steps for this process."""
-        batches = Batches(
-            len(self.data),
-            self.args.batch,
-            self.args.seed,
-            first,
-            self.args.steps,
-            self.rank,
-            self.world,
-            self.args.accumulate,
-        )
+        args, n = self.args, len(self.data)
+        batches = Batches(n, args.batch, args.seed, first, args.steps, self.rank, self.world, args.accumulate)
         workers = 4 if self.device.type == "cuda" else 0
         return torch.utils.data.DataLoader(
-            self.data, batch_sampler=batches, num_workers=workers, pin_memory=workers > 0
+            self.data, batch_sampler=batches, num_workers=workers, pin_memory=workers > 0, worker_init_fn=deaf
         )
 
     def settings(self):
@@ -214,9 +219,14 @@ class Run:
     def log(self, step, lr, raw, lambdas):
         """One line of log.jsonl: the terms of Eq. 6, raw and weighted. Returns their sum."""
         weighted = {name: lambdas[name] * value for name, value in raw.items()}
-        total = sum(weighted.values())
-        if not self.rank:
-            line = {"step": step, "lr": lr, "loss": total, "raw": raw, "weighted": weighted}
-            with open(self.args.out / "log.jsonl", "a") as f:
-                f.write(json.dumps(line) + "\n")
-        return total
+        line = {"step": step, "lr": lr, "loss": sum(weighted.values()), "raw": raw, "weighted": weighted}
+        path = self.args.out / "log.jsonl"
+        try:
+            if not self.rank:
+                with open(path, "a") as f:
+                    f.write(json.dumps(line) + "\n")
+        except OSError as e:  # a full disk does not say where
+            raise OSError(
+                f"could not write {path}: {e.strerror}; the same command goes on from the last checkpoint"
+            ) from e
+        return line["loss"]

@@ -19,76 +19,67 @@ from pathlib import Path
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--stage", choices=["A", "B"], required=True, help="what is trained (Sec. 4)")
-    p.add_argument("--cache", type=Path, default=Path("cache"), help="folder made by cache.py")
-    p.add_argument("--out", type=Path, help="the run's folder (default: runs/stage_a or runs/stage_b)")
-    p.add_argument("--init", type=Path, help="Stage B: the Stage A run or checkpoint to start from")
-    p.add_argument(
-        "--steps", type=natural, default=1000, help="optimizer steps (0: the untrained student as a checkpoint)"
-    )
-    p.add_argument(
-        "--batch", type=positive, default=16, help="pictures a step, over all processes (the paper gives no number)"
-    )
-    p.add_argument(
-        "--accumulate", type=positive, default=1, help="split each process's share of the batch into N parts"
-    )
-    p.add_argument(
-        "--checkpointing", action="store_true", help="recompute activations in the backward pass: less memory"
-    )
-    p.add_argument(
-        "--precision",
-        choices=["auto", "bf16", "fp32"],
-        default="auto",
-        help="of the networks' forward pass (auto: bf16 autocast on a GPU, as in Sec. 4, fp32 elsewhere)",
-    )
-    p.add_argument("--seed", type=seed, default=0, help="of fresh layers, the pictures' order and SGCL's t and noise")
-    p.add_argument("--save-every", type=positive, default=200, metavar="N", help="steps between checkpoints")
-    p.add_argument("--resume", action="store_true", help="insist on going on: no checkpoint in --out is then an error")
-    p.add_argument("--lr", type=float, help="peak learning rate of AdamW (default: the preset's; paper: 2e-5)")
-    p.add_argument("--lambda-lat", type=float, default=1.0, help="weight of the latent MSE in Eq. 6")
-    p.add_argument("--lambda-lpips", type=float, default=0.5, help="weight of LPIPS in Eq. 6")
-    p.add_argument("--lambda-l1", type=float, default=1.0, help="weight of L1 in Eq. 6")
-    p.add_argument("--lambda-sgcl", type=float, default=0.1, help="weight of SGCL in Eq. 6")
-    p.add_argument(
-        "--sgcl-every", type=positive, default=4, metavar="N", help="SGCL in every N-th step, N times as strong"
-    )
-    p.add_argument(
-        "--sgcl-source", choices=["gaussian", "mmse"], default="gaussian", help="Eq. 7's noise, or PMRF's own source"
-    )
-    p.add_argument(
-        "--adapter", choices=["zero-linear", "scalar-gate", "none"], help="Sec. 3.3.1 (default: the preset's)"
-    )
+    add = p.add_argument
+    add("--stage", choices=["A", "B"], required=True, help="what is trained (Sec. 4)")
+    add("--cache", type=Path, default=Path("cache"), help="folder made by cache.py")
+    add("--out", type=Path, help="the run's folder (default: runs/stage_a or runs/stage_b)")
+    add("--init", type=Path, help="Stage B: the Stage A run or checkpoint to start from")
+    add("--steps", type=whole(0, 999_999), default=1000, help="optimizer steps; 0 keeps the untrained student")
+    add("--batch", type=whole(1, 10**6), default=16, help="pictures a step, over all processes (the paper: not given)")
+    add("--accumulate", type=whole(1, 10**6), default=1, metavar="N", help="each process makes its share in N parts")
+    add("--checkpointing", action="store_true", help="recompute activations in the backward pass: less memory")
+    add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 on a GPU (Sec. 4), else fp32")
+    add("--seed", type=whole(0, 2**63 - 1), default=0, help="of fresh layers, the pictures' order, SGCL's t and noise")
+    add("--save-every", type=whole(1, 10**6), default=200, metavar="N", help="steps between checkpoints")
+    add("--resume", action="store_true", help="insist on going on: no checkpoint in --out is then an error")
+    add("--lr", type=real, help="peak learning rate of AdamW (default: the preset's; paper: 2e-5)")
+    add("--lambda-lat", type=real, default=1.0, help="weight of the latent MSE in Eq. 6")
+    add("--lambda-lpips", type=real, default=0.5, help="weight of LPIPS in Eq. 6")
+    add("--lambda-l1", type=real, default=1.0, help="weight of L1 in Eq. 6")
+    add("--lambda-sgcl", type=real, default=0.1, help="weight of SGCL in Eq. 6")
+    add("--sgcl-every", type=whole(1, 10**6), default=4, metavar="N", help="SGCL in each N-th step, N times as strong")
+    sources = ["gaussian", "mmse"]
+    add("--sgcl-source", choices=sources, default="gaussian", help="Eq. 7's noise, or PMRF's own source")
+    adapters = ["zero-linear", "scalar-gate", "none"]
+    add("--adapter", choices=adapters, help="Sec. 3.3.1 (default: the preset's, in Stage B that of Stage A)")
     args = p.parse_args(argv)
     if args.stage == "B" and not args.init:
         p.error(
-            "--stage B starts from Stage A: expected --init RUN_OR_CHECKPOINT, got none (for example --init runs/stage_a)"
+            "--stage B starts from Stage A: expected --init RUN_OR_CHECKPOINT, got none (such as --init runs/stage_a)"
         )
     if args.stage == "A" and args.init:
         p.error("--init belongs to --stage B: Stage A starts from the published weights that the cache's preset names")
+    if not (args.lambda_lat or args.lambda_lpips or args.lambda_l1 or args.lambda_sgcl):
+        p.error("expected one of the four weights of Eq. 6 above 0, got --lambda-... 0 for all")
     args.out = args.out or Path("runs") / f"stage_{args.stage.lower()}"
     return args
 
 
-def natural(text):
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0 on, got {text!r}")
-    return int(text)
+def whole(low, high):
+    """An argument's type: a whole number from low to high."""
+
+    def convert(text):
+        if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
+            raise argparse.ArgumentTypeError(f"expected a whole number from {low} to {high}, got {text!r}")
+        return int(text)
+
+    return convert
 
 
-def seed(text):
-    if not text.isdigit() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2**63 - 1, got {text!r}")
-    return int(text)
-
-
-def positive(text):
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
-    return int(text)
+def real(text):
+    """An argument's type: a number from 0 on, neither infinite nor NaN."""
+    try:
+        if 0 <= float(text) < float("inf"):
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected a number from 0 on, got {text!r}")
 
 
 def interrupted(*_):
-    os.write(2, b"\ntrain.py: stopped; the same command goes on from the last checkpoint\n")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, b"\ntrain.py: stopped; the same command goes on from the last checkpoint\n")
     sys.exit(130)  # raised wherever it is, so that a checkpoint in the writing is removed
 
 
@@ -102,6 +93,7 @@ import math
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -138,8 +130,8 @@ def optimize(run, first):
     args, batches = run.args, iter(run.loader(first))
     lambdas = {"lat": args.lambda_lat, "lpips": args.lambda_lpips, "l1": args.lambda_l1}
     lambdas["sgcl"] = args.sgcl_every * args.lambda_sgcl  # in every n-th step only: lambda is its mean weight
-    bar = tqdm(total=args.steps, initial=first, disable=run.rank > 0, desc=f"Stage {args.stage}")
-    for step in range(first + 1, args.steps + 1):
+    bar = tqdm(range(first + 1, args.steps + 1), f"Stage {args.stage}", args.steps, initial=first, disable=run.rank > 0)
+    for step in bar:
         lr = set_rate(run.optimizer, args.lr, step, args.steps)
         raw = dict.fromkeys(lambdas, 0.0)
         for part in range(1, args.accumulate + 1):
@@ -153,13 +145,12 @@ def optimize(run, first):
                 (losses.total_loss(terms, lambdas) / args.accumulate).backward()  # Eq. 6
             for name, value in terms.items():
                 raw[name] += value.item() / args.accumulate
-        nn.utils.clip_grad_norm_(run.trained.values(), 1.0)
+        norm = nn.utils.clip_grad_norm_(run.trained.values(), 1.0)
+        check_finite({"norm of the gradient": norm}, step, args.out)  # before it reaches the weights
         run.optimizer.step()
         run.optimizer.zero_grad()
         update_ema(run.ema, run.trained, step)
-        total = run.log(step, lr, raw, lambdas)
-        bar.set_postfix(loss=f"{total:.4f}", refresh=False)
-        bar.update()
+        bar.set_postfix(loss=run.log(step, lr, raw, lambdas), refresh=False)
         if step % args.save_every == 0 or step == args.steps:
             run.save(step)
 
@@ -178,15 +169,13 @@ def quiet(one_step, more_to_come):
     return one_step.no_sync() if several and more_to_come else contextlib.nullcontext()
 
 
-def check_finite(terms, step, out):
+def check_finite(values, step, out):
     """ValueError that names the step, the term and the last good checkpoint if a term of Eq. 6 is NaN or infinite."""
-    for name, value in terms.items():
+    for name, value in values.items():
         if not torch.isfinite(value):
             good = checkpoint.steps_in(out)
             kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
-            raise ValueError(
-                f"loss term {name!r} is {value.item()} at step {step}; {kept}: lower --lr or raise --batch"
-            )
+            raise ValueError(f"{name!r} is {value.item()} at step {step}; {kept}: lower --lr or raise --batch")
 
 
 def update_ema(ema, trained, step, decay=0.999):
@@ -217,20 +206,41 @@ def train(args):
 
 
 def main(args):
+    """Trains; what a user can cause is one line and exit code 1."""
     distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
     try:
         if distributed:
-            if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            join(int(os.environ["LOCAL_RANK"]))
         train(args)
-    except (ValueError, OSError) as e:
-        print(f"train.py: {e}", file=sys.stderr)
-        return 1
+    except (ValueError, OSError, SafetensorError) as e:
+        fault = (str(e).strip() or repr(e)).splitlines()[-1]  # a data worker's error ends with what was raised there
+    except (MemoryError, RuntimeError) as e:
+        if not out_of_memory(e):
+            raise
+        fault = f"out of memory with --batch {args.batch} --accumulate {args.accumulate}: raise --accumulate"
+        fault += " or lower --batch" if args.checkpointing else ", give --checkpointing or lower --batch"
+    else:
+        return 0
     finally:
         if distributed and dist.is_initialized():
             dist.destroy_process_group()
-    return 0
+    print(f"train.py: {fault}", file=sys.stderr)
+    return 1
+
+
+def join(local_rank):
+    """This process becomes one of torchrun's, on a GPU of its own if there are GPUs. ValueError if they are too few."""
+    gpus = torch.cuda.device_count()
+    if gpus and local_rank >= gpus:
+        raise ValueError(f"expected one process a GPU, got --nproc_per_node above {gpus}: lower it")
+    if gpus:
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("nccl" if gpus else "gloo")
+
+
+def out_of_memory(error):
+    """Whether an error is a GPU's or the CPU's way to say that memory is full; the latter has no class of its own."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import cache
 import train
 from checkpoint import steps_in
 from images import write_image
-from run import Batches, Run
+from run import Batches, Run, generator
 from student import Student, load_vae
 from teacher import PMRF
 
@@ -28,7 +28,10 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="session")
 def small_cache(small_config, tmp_path_factory):
     """Eight random pictures through the whole offline pass, two teacher steps."""
-    root = tmp_path_factory.mktemp("cache")
+    return make_cache(small_config, tmp_path_factory.mktemp("cache"), steps=2)
+
+
+def make_cache(small_config, root, steps):
     (root / "faces").mkdir()
     for i in range(8):
         small = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(i))
@@ -37,7 +40,9 @@ def small_cache(small_config, tmp_path_factory):
         )
     names = sorted(p.name for p in (root / "faces").iterdir())
     pmrf, vae = PMRF.from_pretrained(small_config["teacher"]), load_vae(small_config)
-    settings = cache.settings_for(pmrf, vae, root / "faces", names, small_config["preset"], 64, 0, 2, "difface", 1, 4)
+    settings = cache.settings_for(
+        pmrf, vae, root / "faces", names, small_config["preset"], 64, 0, steps, "difface", 1, 4
+    )
     cache.build(pmrf, vae, root / "faces", names, root / "cache", settings)
     return root / "cache"
 
@@ -131,6 +136,72 @@ def test_ema_of_the_trained_parameters_by_hand():
     assert ema["p"].numpy() == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_gradient_that_is_not_finite_reaches_no_weight(small_cache, tmp_path, capsys):
+    """A finite loss can have a gradient that is not; the checkpoint of that step would then be lost without a word."""
+    args = train.parse_args(arguments(small_cache, tmp_path / "x", "--steps", "3", "--save-every", "1"))
+    run = Run(args)
+    args.out.mkdir()
+    before = {name: p.detach().clone() for name, p in run.trained.items()}
+    run.student.visual_encoder.blocks[0].weight.register_hook(lambda g: g * float("inf"))
+    with pytest.raises(ValueError, match="'norm of the gradient' is (nan|inf) at step 1; there is no checkpoint yet"):
+        train.optimize(run, 0)
+    assert all(torch.equal(p, before[name]) for name, p in run.trained.items())
+
+
+def test_each_stage_begins_at_the_presets_rate(small_cache, tmp_path):
+    """--lr of Stage A says nothing about Stage B, whose default is the preset's again."""
+    run_here(*arguments(small_cache, tmp_path / "a", "--steps", "1", "--lr", "3e-4"))
+    run_here(*arguments(small_cache, tmp_path / "b", "--steps", "1", "--init", tmp_path / "a", stage="B"))
+    assert log(tmp_path / "a")[0]["lr"] == 3e-4 and log(tmp_path / "b")[0]["lr"] == 1e-3
+    config = json.loads((steps_in(tmp_path / "a")[-1] / "config.json").read_text())
+    assert config["lr"] == 1e-3 and config["peak_lr"] == 3e-4
+
+
+def test_any_seed_below_2_to_the_63_works_and_others_are_refused(small_cache, tmp_path):
+    run_here(*arguments(small_cache, tmp_path / "x", "--steps", "1", "--sgcl-every", "1", "--seed", str(2**63 - 1)))
+    assert log(tmp_path / "x")[0]["raw"]["sgcl"] > 0
+    assert list(Batches(10, 4, 2**63 - 1, 10**6, 10**6 + 2)) != list(Batches(10, 4, 2**62, 10**6, 10**6 + 2))
+    for wrong in (["--seed", "-1"], ["--seed", str(2**63)], ["--seed", "²"], ["--lr", "nan"], ["--lambda-l1", "-1"],
+                  ["--steps", "1000000"], ["--lambda-lat", "0", "--lambda-lpips", "0", "--lambda-l1", "0", "--lambda-sgcl",
+                  "0"]):  # fmt: skip
+        with pytest.raises(SystemExit) as e:
+            train.parse_args(["--stage", "A", *wrong])
+        assert e.value.code == 2
+
+
+def test_random_numbers_differ_from_key_to_key():
+    keys = [
+        ("sgcl", seed, step, i) for seed in (0, 1, 2**32, 2**62) for step in (0, 1, 999_999) for i in (0, 1, 69_999)
+    ]
+    numbers = {torch.rand(1, generator=generator(*key), dtype=torch.float64).item() for key in keys}
+    assert len(numbers) == len(keys)
+    assert torch.equal(torch.rand(3, generator=generator(*keys[5])), torch.rand(3, generator=generator(*keys[5])))
+
+
+def test_a_run_goes_on_with_its_own_cache_networks_and_settings_alone(small_config, small_cache, tmp_path, capsys):
+    def refusal(folder, *more):
+        assert train.main(train.parse_args(arguments(folder, tmp_path / "run", "--steps", "2", *more))) == 1
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    run_here(*arguments(small_cache, tmp_path / "run", "--steps", "2"))
+    assert "precision = 'fp32'" in refusal(small_cache, "--precision", "bf16")
+    other = make_cache(small_config, tmp_path, steps=1)
+    assert "expected cache_steps = 2" in refusal(other)
+    shutil.copytree(small_cache, tmp_path / "same settings")
+    meta = json.loads((small_cache / "meta.json").read_text())
+
+    def change(**more):
+        (tmp_path / "same settings" / "meta.json").write_text(json.dumps(meta | more))
+
+    change(shards=[meta["shards"][0] | {"sha256": "0" * 64}, *meta["shards"][1:]])
+    assert "expected cache_shards_sha256" in refusal(tmp_path / "same settings")
+    for name in ("vae", "teacher"):  # latents of another space; targets of another teacher
+        change(**{f"{name}_sha256": "0" * 64})
+        assert f"made with the preset's {name}" in refusal(tmp_path / "same settings")
+        assert f"made with the preset's {name}" in refusal(tmp_path / "same settings", "--out", str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
 def test_batches_depend_on_seed_and_step_alone():
     whole = list(Batches(10, 4, 0, 0, 9))
     assert whole[3:] == list(Batches(10, 4, 0, 3, 9))  # a resumed sampler goes on where it was
@@ -155,6 +226,44 @@ def test_accumulation_and_recomputation_give_the_same_gradient(small_cache, tmp_
     assert max(v.abs().max().item() for k, v in one.items() if ":exp_avg." in k) > 1e-3
     assert gap(one, weights(tmp_path / "two"), "exp_avg") < 1e-6
     assert gap(one, weights(tmp_path / "again"), "exp_avg") < 1e-6
+
+
+def watched_step(argv):
+    """One training step. Returns how often a layer of each network ran in it, and the bytes kept for the backward pass."""
+    run = Run(train.parse_args(list(map(str, argv))))
+    run.args.out.mkdir()
+    run.save = lambda step: None  # its picture would count as a run
+    unet, spatial, vae = run.student.unet, run.student.spatial_encoder, run.student.vae
+    blocks = {"unet": unet.mid_block, "spatial encoder": spatial.mid_block, "vae": vae.decoder.up_blocks[-1]}
+    calls, storages = dict.fromkeys(blocks, 0), {}
+    for name, block in blocks.items():
+
+        def count(*_, name=name):
+            calls[name] += 1
+
+        block.resnets[-1].conv1.register_forward_hook(count)
+
+    def keep(t):
+        if not isinstance(t, torch.nn.Parameter):
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        train.optimize(run, 0)
+    gradient = torch.cat([run.optimizer.state[p]["exp_avg"].flatten() for p in run.trained.values()])
+    return calls, sum(storage.nbytes() for storage in storages.values()), gradient
+
+
+@pytest.mark.parametrize("stage", ["A", "B"])
+def test_checkpointing_recomputes_all_three_networks_and_keeps_less(small_cache, stage_a, tmp_path, stage):
+    more = ["--steps", "1", "--precision", "bf16", *(["--init", stage_a] if stage == "B" else [])]
+    calls, kept, gradient = watched_step(arguments(small_cache, tmp_path / "1", *more, stage=stage))
+    assert calls == {"unet": 1, "spatial encoder": 1, "vae": 1}
+    more.append("--checkpointing")
+    calls, kept_less, same = watched_step(arguments(small_cache, tmp_path / "2", *more, stage=stage))
+    assert calls == {"unet": 2, "spatial encoder": 2, "vae": 2}
+    assert kept_less < 0.5 * kept
+    assert (same - gradient).abs().max() < 1e-6  # recomputed under the same autocast
 
 
 def test_bf16_keeps_weights_losses_ema_and_latents_in_float32(small_cache, tmp_path, monkeypatch):
@@ -298,6 +407,47 @@ def test_a_disk_that_is_full_keeps_the_checkpoints_before(small_cache, tmp_path,
     assert train.main(train.parse_args(argv)) == 1
     assert "No space left" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "x").iterdir() if p.is_dir()] == ["step-000002"]
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_out_of_memory_is_one_line_that_says_what_to_do(small_cache, tmp_path, monkeypatch, capsys, kind):
+    def full(*_):
+        if kind == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return torch.empty(2**60)  # more than any machine has: PyTorch's own error
+
+    monkeypatch.setattr(train, "decode", full)
+    assert train.main(train.parse_args(arguments(small_cache, tmp_path / "x", "--accumulate", "2"))) == 1
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert err.startswith("train.py: out of memory with --batch 4 --accumulate 2") and "--checkpointing" in err
+
+
+def test_an_error_of_the_code_itself_is_not_hidden(small_cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "decode", lambda *_: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        train.main(train.parse_args(arguments(small_cache, tmp_path / "x")))
+
+
+def test_ctrl_c_is_one_line_and_leaves_no_half_checkpoint(small_cache, tmp_path):
+    out = tmp_path / "x"
+    process = command("train.py", *arguments(small_cache, out, "--steps", "5000", "--save-every", "1"))
+    while process.poll() is None and len(steps_in(out)) < 2:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err
+    assert [line for line in err.splitlines() if line.startswith("train.py")] == [
+        "train.py: stopped; the same command goes on from the last checkpoint"
+    ]
+    assert not list(out.glob("*.tmp")) and steps_in(out)
+
+
+def test_a_log_that_cannot_be_written_is_one_line(small_cache, tmp_path, capsys):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "log.jsonl").symlink_to("/dev/full")
+    assert train.main(train.parse_args(arguments(small_cache, tmp_path / "x", "--steps", "1"))) == 1
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert err.startswith("train.py: could not write") and "No space left on device" in err and "goes on" in err
 
 
 def test_help_answers_at_once():
