@@ -66,6 +66,9 @@ PRESETS = {
 LORA_TARGETS = r".*(attn2\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))"
 
 
+SAFE = {"torch_dtype": torch.float32, "use_safetensors": True}  # never a pickle
+
+
 # --- building the parts from a config ------------------------------------------------------------------------------------
 
 
@@ -127,7 +130,7 @@ def load_vae(config):
     def load():
         kind = AutoencoderKL.load_config(base, subfolder="vae").get("_class_name", "AutoencoderKL")
         cls = importlib.import_module("tiny.autoencoder").PCAAutoencoder if kind == "PCAAutoencoder" else AutoencoderKL
-        return cls.from_pretrained(base, subfolder="vae", torch_dtype=torch.float32)
+        return cls.from_pretrained(base, subfolder="vae", **SAFE)
 
     return published("VAE", config["base"], "vae/, 335 MB", load).eval().requires_grad_(False)
 
@@ -148,7 +151,10 @@ def load_vit(entry):
 def load_unet(config):
     """SD v1.5's UNet. Returns it before LCM-LoRA, since the spatial encoder copies the plain one (ControlNet's recipe)."""
     base = locate(config["base"])
-    load = lambda: UNet2DConditionModel.from_pretrained(base, subfolder="unet", torch_dtype=torch.float32)  # noqa: E731
+
+    def load():
+        return UNet2DConditionModel.from_pretrained(base, subfolder="unet", **SAFE)
+
     return published("UNet", config["base"], "unet/, 3.4 GB", load).requires_grad_(False)
 
 
@@ -161,7 +167,9 @@ def fuse_lcm_lora(unet, name):
     from diffusers.loaders import StableDiffusionLoraLoaderMixin as Lora  # imports transformers
 
     def load():
-        state, alphas = Lora.lora_state_dict(locate(name), unet_config=unet.config)
+        state, alphas = Lora.lora_state_dict(locate(name), unet_config=unet.config, use_safetensors=True)
+        if not any(key.startswith("unet.") for key in state):
+            raise ValueError("no layer of a UNet in it")  # diffusers would leave the UNet as it is, without a word
         Lora.load_lora_into_unet(state, alphas, unet)
         unet.fuse_lora()
         unet.unload_lora()

@@ -32,7 +32,9 @@ def count(parameters):
 @pytest.fixture(scope="module")
 def small(small_config):
     torch.manual_seed(1)
-    return Student.from_published(small_config)
+    net = Student.from_published(small_config)
+    moved(net.spatial_encoder)  # away from its zero convolutions, which would hide how it is wired
+    return net
 
 
 @pytest.fixture
@@ -80,6 +82,10 @@ def test_eq5_one_step_is_one_lcm_scheduler_step(small, y):
         eps = small.unet(z_y, 499, encoder_hidden_states=c, **residuals).sample
         expected = scheduler.step(eps, 499, z_y).denoised
         assert torch.allclose(small.step(z_y, y), expected, atol=1e-5)
+        assert all(r.abs().mean() > 1e-3 for r in (*down, mid))
+        x = student.decode(small.vae, expected)
+        assert x.min() < 0 or x.max() > 1
+        assert torch.allclose(small(y), x.clamp(0, 1), atol=1e-5)
 
 
 def test_eq5_identity_at_tau_zero(small, y):
@@ -151,6 +157,12 @@ def test_sec332_lora_at_its_start_changes_no_bit(small_config, y):
             if "lora_B" in n:
                 p += 0.1
         assert not torch.equal(net(y), before)
+        layer, x = (
+            net.unet.get_submodule("base_model.model.mid_block.attentions.0.transformer_blocks.0.attn2.to_q"),
+            y[0, 0],
+        )
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        assert torch.allclose(layer(x) - layer.base_layer(x), x @ a.T @ b.T, atol=1e-5)  # alpha = r: scale 1
 
 
 def test_sec4_what_each_stage_trains(small_config):
@@ -194,27 +206,29 @@ def test_published_sizes():
     assert count(p for n, p in lora.named_parameters() if "lora_" in n) == 8_773_632
 
 
+LCM_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out",
+              "conv1", "conv2", "conv_shortcut", "time_emb_proj", "0.conv")  # fmt: skip  # those of the published LCM-LoRA
+
+
 @pytest.mark.parametrize("layout", ["kohya", "diffusers"])
 def test_lcm_lora_is_fused_from_both_layouts(small_config, tmp_path, layout):
-    """W + (alpha / r) up down, in the attention and the convolutions that the published file covers."""
+    """W + (alpha / r) up down, in every attention, feed-forward and convolution that the published file covers."""
     g = torch.Generator().manual_seed(5)
     unet = student.load_unet(small_config)
     before = {k: v.clone() for k, v in unet.state_dict().items()}
-    targets = ["down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "mid_block.attentions.0.proj_in"]
+    layers = {k.removesuffix(".weight") for k in before if k.removesuffix(".weight").endswith(LCM_LAYERS)}
+    assert len(layers) > 60 and {next(s for s in LCM_LAYERS if n.endswith(s)) for n in layers} == set(LCM_LAYERS)
     r, alpha, tensors, expected = 4, 8.0, {}, {}
-    for name in targets:
+    for name in sorted(layers):
         w = before[f"{name}.weight"]
-        down, up = torch.randn(r, w.shape[1], generator=g), torch.randn(w.shape[0], r, generator=g)
-        shape = w.shape[2:]
-        expected[name] = w + (alpha / r if layout == "kohya" else 1.0) * (up @ down).reshape(w.shape)
-        down, up = down.reshape(r, w.shape[1], *shape), up.reshape(w.shape[0], r, *shape)
+        down = 0.1 * torch.randn(r, *w.shape[1:], generator=g)
+        up = 0.1 * torch.randn(w.shape[0], r, *[1] * (w.ndim - 2), generator=g)
+        delta = torch.einsum("or,ri->oi", up.flatten(1), down.flatten(1)).reshape(w.shape)
+        expected[name] = w + (alpha / r if layout == "kohya" else 1.0) * delta
         if layout == "kohya":
             key = "lora_unet_" + name.replace(".", "_")
-            tensors |= {
-                f"{key}.lora_down.weight": down,
-                f"{key}.lora_up.weight": up,
-                f"{key}.alpha": torch.tensor(alpha),
-            }
+            tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
+            tensors[f"{key}.alpha"] = torch.tensor(alpha)
         else:
             tensors |= {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
     save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "pytorch_lora_weights.safetensors")
@@ -223,8 +237,33 @@ def test_lcm_lora_is_fused_from_both_layouts(small_config, tmp_path, layout):
     assert set(after) == set(before)  # no layer of peft is left
     for name, w in expected.items():
         assert torch.allclose(after[f"{name}.weight"], w, atol=1e-5)
-    rest = [k for k in before if k.removesuffix(".weight") not in targets]
+    rest = [k for k in before if k.removesuffix(".weight") not in layers]
     assert all(torch.equal(after[k], before[k]) for k in rest)
+    assert not [n for n, p in fused.named_parameters() if p.requires_grad]
+
+
+def test_an_lcm_lora_of_another_network_is_refused(small_config, tmp_path):
+    """diffusers passes over keys that it does not know: the base would then be no consistency model, without a word."""
+    key = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    tensors = {f"{key}.lora_down.weight": torch.zeros(4, 8), f"{key}.lora_up.weight": torch.zeros(8, 4)}
+    tensors[f"{key}.alpha"] = torch.tensor(4.0)
+    save_file(tensors, tmp_path / "pytorch_lora_weights.safetensors")
+    with pytest.raises(OSError, match="LCM-LoRA.*no layer of a UNet") as e:
+        student.fuse_lcm_lora(student.load_unet(small_config), str(tmp_path))
+    assert "\n" not in str(e.value)
+
+
+def test_pickles_are_not_read(small_config, tmp_path):
+    """A folder with diffusion_pytorch_model.bin alone, which diffusers would read."""
+    base = tmp_path / "base"
+    shutil.copytree(small_config["base"], base)
+    for part in ("unet", "vae"):
+        weights = base / part / "diffusion_pytorch_model.safetensors"
+        torch.save(load_file(weights), weights.with_suffix(".bin"))
+        weights.unlink()
+    for load in (student.load_unet, student.load_vae):
+        with pytest.raises(OSError, match="safetensors"):
+            load(small_config | {"base": str(base)})
 
 
 def test_spatial_encoder_copies_the_unet_before_lcm_lora(small_config):
