@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import cache
+import sgcl
 import train
 from checkpoint import steps_in
 from images import write_image
@@ -83,6 +85,77 @@ def test_eq6_terms_are_logged_raw_and_weighted_and_add_up(stage_a):
         assert (line["raw"]["sgcl"] > 0) == (line["step"] % 2 == 0)
     assert np.mean([line["raw"]["lat"] for line in lines[-4:]]) < np.mean([line["raw"]["lat"] for line in lines[:4]])
     assert lines[0]["lr"] == pytest.approx(1e-3) and lines[6]["lr"] == pytest.approx(5e-4)  # cosine
+
+
+class Known:
+    """Stands for the student, the VAE and the teacher, with answers that can be written down."""
+
+    def __init__(self, mu):
+        self.mu, self.vae, self.config, self.sigma_s, self.asked = (
+            mu,
+            self,
+            SimpleNamespace(scaling_factor=0.5),
+            0.1,
+            [],
+        )
+
+    def decode(self, z):
+        return SimpleNamespace(sample=z[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3))
+
+    def posterior_mean(self, y):
+        return 0.5 * y
+
+    def velocity(self, x_t, t):
+        self.asked.append((x_t, t))
+        return (self.mu - x_t) / (1 - t)[:, None, None, None]  # all pictures are mu
+
+
+@pytest.mark.parametrize("stage", ["A", "B"])
+@pytest.mark.parametrize("source", ["gaussian", "mmse"])
+def test_eq6_each_term_compares_what_the_paper_says(stage, source):
+    """By hand: which tensor goes to which term, where the gradient goes, and when and where the teacher is asked."""
+    g = torch.Generator().manual_seed(0)
+    z_y, z_target = torch.randn(2, 5, 4, 2, 2, generator=g)
+    y, x_target, mu = torch.rand(3, 5, 3, 16, 16, generator=g)
+    batch = {"y": y, "z_lq": z_y, "z_target": z_target, "x_target": x_target, "index": torch.tensor([7, 3, 0, 9, 2])}
+    known, z_hat = Known(mu), (2 * z_y).requires_grad_()
+    argv = ["--stage", stage, "--sgcl-every", "2", "--sgcl-source", source, "--seed", "5", "--init", "x"]
+
+    def terms(step, *more):
+        args = train.parse_args(argv[: 8 if stage == "A" else 10] + list(more))
+        return train.objective(
+            lambda z, picture: z_hat if z is z_y and picture is y else None, known, known,
+            lambda a, b, normalize: ((a - b) ** 2).mean((1, 2, 3)), batch, step, args,
+        )  # fmt: skip
+
+    x_hat = (known.decode(z_hat.detach() / 0.5).sample + 1) / 2
+    expected = {
+        "lat": ((z_hat - z_target) ** 2).mean(), "lpips": ((x_hat - x_target) ** 2).mean(),
+        "l1": (x_hat - x_target).abs().mean(), "sgcl": ((x_hat - mu) ** 2).mean(),
+    }  # fmt: skip
+    got = terms(4)
+    assert {k: v.item() for k, v in got.items()} == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-5)
+    assert all(torch.autograd.grad(v, z_hat, retain_graph=True)[0].abs().sum() > 0 for v in got.values())
+    (x_t, t), *none = known.asked
+    t_drawn, eps = sgcl.draw(sgcl.BANDS[stage], (3, 16, 16), [generator("sgcl", 5, 4, i) for i in (7, 3, 0, 9, 2)])
+    assert torch.equal(t, t_drawn) and not none and not x_t.requires_grad
+    start = eps if source == "gaussian" else 0.5 * y + 0.1 * eps
+    tb = t[:, None, None, None]
+    assert torch.allclose(x_t, tb * x_hat + (1 - tb) * start, atol=1e-6)
+    assert terms(3).keys() == {"lat", "lpips", "l1"} == terms(4, "--lambda-sgcl", "0").keys()
+    only = [v for name in ("lpips", "l1", "sgcl") for v in (f"--lambda-{name}", "0")]
+    assert terms(4, *only).keys() == {"lat"} and len(known.asked) == 1
+
+
+def test_sec4_adamw_with_the_papers_decay_on_a_clipped_gradient(small_cache, tmp_path):
+    run = Run(train.parse_args(arguments(small_cache, tmp_path / "x", "--steps", "1", "--lambda-lat", "1e4")))
+    run.args.out.mkdir()
+    train.optimize(run, 0)
+    (group,) = run.optimizer.param_groups
+    assert type(run.optimizer) is torch.optim.AdamW
+    assert (group["weight_decay"], group["betas"], group["eps"]) == (5e-5, (0.9, 0.999), 1e-8)
+    gradient = torch.cat([10 * run.optimizer.state[p]["exp_avg"].flatten() for p in run.trained.values()])
+    assert gradient.norm().item() == pytest.approx(1, rel=1e-3)
 
 
 def test_checkpoints_the_last_two_are_kept_and_a_grid_is_drawn(stage_a):
