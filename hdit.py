@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 linear = partial(nn.Linear, bias=False)
-TILE = 8  # neighbourhood attention: queries a side of a tile (of 6 to 16 the fastest, forward and backward)
+TILE = 8  # neighbourhood attention: queries a side of a tile (of 4 to 16 the fastest, forward and backward)
 
 
 def windows(length, kernel_size, tile, device):
