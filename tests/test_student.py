@@ -210,12 +210,9 @@ LCM_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "
               "conv1", "conv2", "conv_shortcut", "time_emb_proj", "0.conv")  # fmt: skip  # those of the published LCM-LoRA
 
 
-@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
-def test_lcm_lora_is_fused_from_both_layouts(small_config, tmp_path, layout):
-    """W + (alpha / r) up down, in every attention, feed-forward and convolution that the published file covers."""
+def write_lcm_lora(folder, before, layout="kohya"):
+    """Random LCM-LoRA for a UNet's state dict `before`. Returns {layer: weight after fusing}, W + (alpha / r) up down."""
     g = torch.Generator().manual_seed(5)
-    unet = student.load_unet(small_config)
-    before = {k: v.clone() for k, v in unet.state_dict().items()}
     layers = {k.removesuffix(".weight") for k in before if k.removesuffix(".weight").endswith(LCM_LAYERS)}
     assert len(layers) > 60 and {next(s for s in LCM_LAYERS if n.endswith(s)) for n in layers} == set(LCM_LAYERS)
     r, alpha, tensors, expected = 4, 8.0, {}, {}
@@ -231,13 +228,23 @@ def test_lcm_lora_is_fused_from_both_layouts(small_config, tmp_path, layout):
             tensors[f"{key}.alpha"] = torch.tensor(alpha)
         else:
             tensors |= {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
-    save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "pytorch_lora_weights.safetensors")
+    folder.mkdir(exist_ok=True)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "pytorch_lora_weights.safetensors")
+    return expected
+
+
+@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
+def test_lcm_lora_is_fused_from_both_layouts(small_config, tmp_path, layout):
+    """In every attention, feed-forward and convolution that the published file covers, and nowhere else."""
+    unet = student.load_unet(small_config)
+    before = {k: v.clone() for k, v in unet.state_dict().items()}
+    expected = write_lcm_lora(tmp_path, before, layout)
     fused = student.fuse_lcm_lora(unet, str(tmp_path))
     after = fused.state_dict()
     assert set(after) == set(before)  # no layer of peft is left
     for name, w in expected.items():
         assert torch.allclose(after[f"{name}.weight"], w, atol=1e-5)
-    rest = [k for k in before if k.removesuffix(".weight") not in layers]
+    rest = [k for k in before if k.removesuffix(".weight") not in expected]
     assert all(torch.equal(after[k], before[k]) for k in rest)
     assert not [n for n, p in fused.named_parameters() if p.requires_grad]
 
@@ -266,11 +273,15 @@ def test_pickles_are_not_read(small_config, tmp_path):
             load(small_config | {"base": str(base)})
 
 
-def test_spatial_encoder_copies_the_unet_before_lcm_lora(small_config):
-    net = Student.from_published(small_config)
-    unet = student.load_unet(small_config)
-    assert torch.equal(net.spatial_encoder.conv_in.weight, unet.conv_in.weight)
-    assert torch.equal(net.spatial_encoder.mid_block.resnets[0].conv1.weight, unet.mid_block.resnets[0].conv1.weight)
+def test_spatial_encoder_copies_the_unet_before_lcm_lora(small_config, tmp_path):
+    before = student.load_unet(small_config).state_dict()
+    expected = write_lcm_lora(tmp_path / "lcm", before)
+    net = Student.from_published(small_config | {"lcm_lora": str(tmp_path / "lcm")})
+    copied = net.spatial_encoder.state_dict()
+    shared = [k for k in before if k in copied]
+    assert len(shared) > 60 and all(torch.equal(copied[k], before[k]) for k in shared)
+    key = "mid_block.resnets.0.conv1"
+    assert torch.allclose(net.unet.state_dict()[f"{key}.weight"], expected[key], atol=1e-5)
     assert not net.spatial_encoder.controlnet_mid_block.weight.any()
 
 
