@@ -36,7 +36,9 @@ def write(out, step, fill, keep=2):
         try:
             fill(temporary)
         except Exception as e:  # safetensors and diffusers have errors of their own for a full disk
-            raise OSError(f"could not write {final}, the checkpoints before it are kept: {e}") from e
+            raise OSError(
+                f"could not write {final} ({e}): make room, the same command goes on from the checkpoint before it"
+            ) from e
         for path in [*temporary.rglob("*"), temporary]:
             sync(path)
         if final not in steps_in(out):

@@ -138,9 +138,7 @@ def optimize(run, first):
             batch = {k: v.to(run.device, non_blocking=True) for k, v in next(batches).items()}
             with quiet(run.one_step, part < args.accumulate):
                 with run.autocast():
-                    terms = objective(
-                        run.one_step, run.student, run.teacher, run.lpips_fn, batch, step, args
-                    )  # Eq. 5-9
+                    terms = objective(run.one_step, run.student, run.teacher, run.lpips_fn, batch, step, args)
                 check_finite(terms, step, args.out)
                 (losses.total_loss(terms, lambdas) / args.accumulate).backward()  # Eq. 6
             for name, value in terms.items():
