@@ -355,7 +355,7 @@ def test_bf16_keeps_weights_losses_ema_and_latents_in_float32(small_cache, tmp_p
         run_here(
             *arguments(small_cache, tmp_path / name, "--steps", "1", "--sgcl-every", "1", "--precision", name),
         )
-    assert kinds == dict.fromkeys(("lat", "lpips", "l1", "sgcl"), torch.float32)
+    assert kinds == dict.fromkeys(("lat", "lpips", "l1", "sgcl", "norm of the gradient"), torch.float32)
     lpips_fn, x_hat, x_target = lpips_inputs[-1]
     assert x_hat.dtype == torch.float32 and x_hat.to(torch.bfloat16).ne(x_hat).any()  # (x + 1) / 2 is in float32
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
