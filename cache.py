@@ -178,7 +178,8 @@ def write_json(path, value):
 
 def begin(out, settings, rank):
     """Writes settings.json into a new cache, or compares with the one there; ValueError if they differ."""
-    make_folder(out)
+    if not (out / "meta.json").exists():  # a finished one may well be on a disk that is read-only
+        make_folder(out)
     while rank and not (out / "settings.json").exists():
         time.sleep(0.1)
     before = settings_of(out)
@@ -345,9 +346,9 @@ def report(out, meta, made, seconds, workers):
 
 
 def main_check(folder, device):
+    meta = read_meta(folder)  # before the imports, which take seconds
     from student import load_config, load_vae
 
-    meta = read_meta(folder)
     faults = list(check(folder, meta, load_vae(load_config(meta["preset"])).to(device)))
     for fault in faults:
         print(f"cache.py: {fault}", file=sys.stderr)

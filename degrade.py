@@ -42,6 +42,8 @@ def parse_args(argv=None):
 
 def interrupted(*_):
     os.write(2, b"\ndegrade.py: interrupted\n")
+    if "main" not in globals():  # still importing, where libraries may turn an exit into something else
+        os._exit(130)
     sys.exit(130)  # raised wherever it is, so that a file in the writing is removed
 
 

@@ -271,7 +271,8 @@ def test_resume_makes_only_what_is_missing(whole, tmp_path):
     assert all((tmp_path / "c" / name).stat().st_mtime_ns == t for name, t in before.items())
 
 
-def test_again_on_a_finished_cache_does_nothing(whole, capsys):
+def test_again_on_a_finished_cache_does_nothing(whole, capsys, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # not even where nothing can be written
     before = {p.name: p.stat().st_mtime_ns for p in whole[0].iterdir()}
     assert run(whole[1], whole[0], "--repeats", "2") == 0
     assert "already finished" in capsys.readouterr().out
@@ -471,15 +472,29 @@ def test_check_finds_what_a_hash_cannot(whole, tmp_path):
     rewrite(1, lambda t: t["z_lq"][1, 0].fill_(float("inf")))
     rewrite(2, lambda t: t.update(z_lq=t["z_lq"][:1]))
     rewrite(3, lambda t: t["x_bytes"].zero_())
+    rewrite(4, lambda t: t["z_target"][0, 0, 0].fill_(float("nan")))
     (folder / "shard_00005.safetensors").write_bytes(b"no shard")
     faults = list(cache.check(folder, meta, PixelVAE()))
     what = {0: "decodes to X† at 18", 1: "sample 1: expected finite", 2: "expected 2 samples", 3: "cannot be read"}
+    what[4] = "sample 0: expected finite"
     for k, text in (what | {5: "cannot be read"}).items():
         assert any(f"shard_{k:05d}" in fault and text in fault for fault in faults), (k, faults)
-    assert not any("shard_00004" in fault or "\n" in fault for fault in faults)
+    assert not any("\n" in fault for fault in faults) and sum("shard_00004" in fault for fault in faults) == 1
     (folder / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(ValueError, match="shard_00005"):
         cache.CacheDataset(folder)
+
+
+def test_check_finds_pictures_of_another_size_and_parameters_that_are_none(whole, tmp_path):
+    folder, meta = copied(whole, tmp_path / "c")
+    faults = list(cache.check(folder, meta | {"image_size": 32}, PixelVAE()))
+    assert len(faults) == 12 and all(f"expected pictures of 32 px, got (3, {SIZE}, {SIZE})" in f for f in faults)
+    path = folder / "shard_00001.safetensors"
+    with safe_open(path, "pt") as f:
+        tensors, records = {name: f.get_tensor(name) for name in f.keys()}, f.metadata()["records"]  # noqa: SIM118
+    save_file(tensors, path, {"records": records.replace("sigma_x", "sigma_z")})
+    faults = list(cache.check(folder, meta, PixelVAE()))
+    assert "shard_00001" in faults[-1] and "sigma_z" in faults[-1]
 
 
 def test_check_command(whole, tmp_path, monkeypatch, capsys):
