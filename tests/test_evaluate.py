@@ -199,6 +199,13 @@ def test_no_face_is_measured_with_a_degradation_that_training_draws(monkeypatch)
     assert len(set(measured)) == 60 and not trained & set(measured)
 
 
+def test_a_gray_copy_is_measured_against_a_gray_face(monkeypatch):
+    gray = degrade.Params(3, 0.1, 0.1, 0.0, 1, 0, 0, 95, gray=True)
+    monkeypatch.setattr(degrade, "sample", lambda *_: gray)
+    ((_, _, x, y),) = faces.faces([(0, CLEAN / "collins.png")], 128)
+    assert all(torch.equal(v[0], v[1]) and torch.equal(v[1], v[2]) for v in (x, y)) and (x - y).abs().mean() < 0.02
+
+
 # --- ablation
 
 
@@ -264,7 +271,9 @@ def test_ablation_measures_every_row_and_seed(tmp_path, trained, monkeypatch):
     ]
     each = [[("stage_a", 5, s), ("stage_b", 5, s)] for s in "01"]
     assert said == [*each[0], *each[1]] * 2 + [("stage_a", 10, "0"), ("stage_a", 10, "1")]
-    assert all(c[c.index("--precision") + 1] == "bf16" for c in trained) and "--lambda-sgcl" in trained[4]
+    assert all(c[c.index("--precision") + 1] == "bf16" for c in trained) and all(
+        "--lambda-sgcl" in trained[k] for k in (4, 5)
+    )
     assert trained[1][-2:] == ["--init", str(tmp_path / "out" / "full" / "seed_0" / "stage_a")]
     text = (tmp_path / "out" / "ablation.md").read_text()
     values = dict(re.findall(r"^\| (.+?) \| ([\d.]+) \(", text, re.M))
