@@ -26,7 +26,7 @@ RECIPE = {
     "vae": (800, 8),
     "clip": (300, 64),
     "dino": (400, 64),
-    "posterior-mean": (3000, 8),
+    "posterior-mean": (4000, 8),
     "flow": (3600, 8),
     "unet": (3200, 8),
 }
@@ -39,6 +39,7 @@ def parse_args(argv=None):
     p.add_argument("--out", type=Path, default=HERE, help="where the weights go")
     p.add_argument("--steps", type=positive, help="training steps, instead of each part's own number")
     p.add_argument("--batch", type=positive, help="pictures a step, instead of each part's own number")
+    p.add_argument("--go-on", action="store_true", help="posterior-mean, flow, unet: start from the weights in --out")
     p.add_argument("--seed", type=int, default=0, help="of weights, training pairs and their order")
     p.add_argument("--sigma-s", type=float, default=0.03, help="flow: noise on the posterior mean (PMRF: 0.1)")
     p.add_argument("--lambda-lpips", type=float, default=0.1, help="flow: weight of LPIPS at the end that v points to")
@@ -216,7 +217,7 @@ def train_dino(args, pool, steps, batch):
     fit("dino", net, loss_fn, steps, 5e-4, lambda m: save_vit(m.vit, args.out / "dino"), args.bf16)
 
 
-SWINIR = {"embed_dim": 96, "depths": [4, 4, 4], "num_heads": [6, 6, 6], "num_feat": 0}
+SWINIR = {"embed_dim": 144, "depths": [2, 2], "num_heads": [6, 6], "num_feat": 0}
 HDIT = {"in_channels": 3, "out_channels": 3, "patch_size": 4, "widths": [64, 128, 192], "depths": [1, 2, 4],
         "kernel_sizes": [7, None, None], "d_head": 32, "mapping_width": 128, "mapping_depth": 1}  # fmt: skip
 
@@ -224,14 +225,16 @@ HDIT = {"in_channels": 3, "out_channels": 3, "patch_size": 4, "widths": [64, 128
 def train_posterior_mean(args, pool, steps, batch):
     """Eq. 2: the network that minimises the squared error is the posterior mean."""
     pool.forget("mmse")
-    swinir, untrained = teacher.SwinIR(**SWINIR).to(DEVICE), teacher.HDiT(**HDIT)
+    fresh = lambda: teacher.PMRF(teacher.SwinIR(**SWINIR), teacher.HDiT(**HDIT), args.sigma_s)  # noqa: E731
+    pmrf = teacher.PMRF.from_pretrained(args.out / "teacher").train() if args.go_on else fresh()
+    swinir = pmrf.mmse_model.to(DEVICE)
 
     def loss_fn(step):
         index = pool.batch(batch)
         loss = teacher.posterior_mean_loss(swinir, pool.get("lq", index), pool.get("hq", index))
         return loss, {"psnr": round(-10 * math.log10(loss.item()), 2)}
 
-    save = lambda m: teacher.PMRF(m, untrained).save_pretrained(args.out / "teacher")  # noqa: E731
+    save = lambda m: teacher.PMRF(m, pmrf.model, pmrf.sigma_s).save_pretrained(args.out / "teacher")  # noqa: E731
     fit("posterior-mean", swinir, loss_fn, steps, 1e-3, save, args.bf16)
 
 
@@ -239,19 +242,21 @@ def train_flow(args, pool, steps, batch):
     """Eq. 3: the velocity along the straight path from the noisy posterior mean to the clean face."""
     pmrf = teacher.PMRF.from_pretrained(args.out / "teacher").to(DEVICE)
     pool.derive("mmse", "lq", pmrf.posterior_mean)
-    hdit = teacher.HDiT(**HDIT).to(DEVICE)
+    hdit = (pmrf.model.train() if args.go_on else teacher.HDiT(**HDIT)).to(DEVICE)
     lpips_fn = losses.load_lpips().to(DEVICE)
 
     def loss_fn(step):
-        index = pool.batch(batch)
+        index, seen = pool.batch(batch), {}
         x, x_mmse = pool.get("hq", index), pool.get("mmse", index)
         t = (torch.rand(1, device=DEVICE) + torch.arange(len(x), device=DEVICE) / len(x)) % 1  # spread over the batch
-        x_t, v_t = teacher.path(x_mmse + args.sigma_s * torch.randn_like(x), x, t)
-        v = hdit(x_t, t).float()
-        flow = F.mse_loss(v, v_t)
-        if not args.lambda_lpips:
-            return flow, {}
-        lpips = shifted_lpips(lpips_fn, x_t + (1 - t).view(-1, 1, 1, 1) * v, x)
+
+        def v_phi(x_t, t):  # keeps what it was asked and said, for LPIPS
+            seen["x_t"], seen["v"] = x_t, hdit(x_t, t).float()
+            return seen["v"]
+
+        flow = teacher.flow_matching_loss(v_phi, x_mmse, x, t, torch.randn_like(x), args.sigma_s)
+        end = seen["x_t"] + (1 - t).view(-1, 1, 1, 1) * seen["v"]  # where v points to, at t = 1
+        lpips = shifted_lpips(lpips_fn, end, x)
         return flow + args.lambda_lpips * lpips, {"flow": round(flow.item(), 5), "lpips": round(lpips.item(), 4)}
 
     save = lambda m: teacher.PMRF(pmrf.mmse_model, m, args.sigma_s).save_pretrained(args.out / "teacher")  # noqa: E731
@@ -281,7 +286,9 @@ def train_unet(args, pool, steps, batch):
     scheduler = LCMScheduler(**SCHEDULE)
     scheduler.save_pretrained(args.out / "base" / "scheduler")
     alpha, sigma = scheduler.alphas_cumprod[499] ** 0.5, (1 - scheduler.alphas_cumprod[499]) ** 0.5
-    unet = UNet2DConditionModel(**UNET).to(DEVICE).train()
+    base = args.out / "base"
+    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet") if args.go_on else UNet2DConditionModel(**UNET)
+    unet = unet.float().to(DEVICE).train()
 
     def loss_fn(step):
         index = pool.batch(batch)
