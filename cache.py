@@ -38,13 +38,16 @@ def parse_args(argv=None):
     p.add_argument("--limit", type=int, metavar="N", help="use the first N pictures only")
     p.add_argument("--repeats", type=int, default=1, metavar="R", help="degradations a picture (default 1)")
     ranges = ("difface", "gfpgan", "codeformer", "codeformer-large")
-    p.add_argument("--ranges", choices=ranges, default="difface", help="degradation (default difface, the teacher's)")
+    p.add_argument("--ranges", nargs="+", choices=ranges, default=["difface"],
+                   help="degradation (default difface, the teacher's); several take turns over the repeats")  # fmt: skip
     p.add_argument("--batch", type=int, default=8, metavar="N", help="samples the teacher restores at once (default 8)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is one")
     args = p.parse_args(argv)
     for name, low in (("steps", 1), ("seed", 0), ("limit", 1), ("repeats", 1), ("batch", 1)):
         if getattr(args, name) is not None and getattr(args, name) < low:
             p.error(f"argument --{name}: expected {low} or more, got {getattr(args, name)}")
+    if args.repeats < len(args.ranges):
+        p.error(f"argument --ranges: expected no more names than --repeats, got {len(args.ranges)} and {args.repeats}")
     return args
 
 
@@ -107,7 +110,8 @@ def degrade_picture(data, name, index, repeat, settings):
     blob, size = (data / name).read_bytes(), settings["image_size"]
     x = to_uint8(square(decode_image(blob, name), size)) / 255
     rng = np.random.Generator(np.random.PCG64((settings["seed"], index, repeat)))
-    params = degrade.sample(rng, settings["ranges"]["name"], size)
+    ranges = settings["ranges"][repeat % len(settings["ranges"])]["name"]
+    params = degrade.sample(rng, ranges, size)
     record = dict(source=name, sha256=hashlib.sha256(blob).hexdigest(), repeat=repeat, seed=int(rng.integers(2**31)))
     return degrade.apply(x, params), record | {"params": dataclasses.asdict(params)}
 
@@ -153,7 +157,8 @@ def settings_for(teacher, vae, data, sources, preset, image_size, seed, steps, r
     device = next(teacher.parameters()).device.type
     listing = [(name, (data / name).stat().st_size if (data / name).is_file() else None) for name in sources]
     settings = dict(preset=preset, image_size=image_size, seed=seed, steps=steps, sigma_s=teacher.sigma_s)
-    settings |= dict(ranges={"name": ranges} | dataclasses.asdict(degrade.RANGES[ranges]), repeats=repeats, batch=batch)
+    settings |= dict(ranges=[{"name": name} | dataclasses.asdict(degrade.RANGES[name]) for name in ranges])
+    settings |= dict(repeats=repeats, batch=batch)
     # whole batches; small enough for some processes to share a small set, and for an interruption to cost little
     settings["shard_size"] = max(1, min(MAX_SHARD, len(sources) * repeats // 32) // batch) * batch
     settings |= dict(pictures=len(sources), pictures_sha256=hashlib.sha256(json.dumps(listing).encode()).hexdigest())

@@ -175,7 +175,7 @@ class Run:
         meta = self.data.meta
         shards = hashlib.sha256(" ".join(shard["sha256"] for shard in meta["shards"]).encode()).hexdigest()
         known = {name: meta[name] for name in ("seed", "steps", "repeats", "count", "teacher_sha256", "vae_sha256")}
-        known |= {"ranges": meta["ranges"]["name"], "shards_sha256": shards}
+        known |= {"ranges": [ranges["name"] for ranges in meta["ranges"]], "shards_sha256": shards}
         return {f"cache_{name}": value for name, value in known.items()}
 
     def save(self, step):

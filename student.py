@@ -104,14 +104,24 @@ def newest_checkpoint(folder):
 
 
 def locate(name):
-    """A folder of this repository or of the disk -> its path; anything else is a hub id and stays as it is."""
-    return str(ROOT / name) if (ROOT / name).is_dir() else str(name)
+    """A folder of this repository or of the disk -> its path; anything else is a hub id and stays as it is.
+
+    FileNotFoundError for a part of tiny/ that is not there: it is no hub id.
+    """
+    if (ROOT / name).is_dir():
+        return str(ROOT / name)
+    if str(name).startswith("tiny/"):
+        raise FileNotFoundError(f"expected {name} in this repository, it is missing: restore it from git")
+    return str(name)
 
 
 def published(what, name, size, load):
     """Runs load(); a missing file, cut download or absent network becomes one line: what is missing and how to get it."""
     try:
-        return load()
+        loaded = load()
+        if isinstance(loaded, nn.Module) and any(p.is_meta for p in loaded.parameters()):
+            raise ValueError("weights that its config asks for are not in it")
+        return loaded
     except Exception as e:  # huggingface_hub, safetensors, timm and diffusers each have errors of their own
         reason = " ".join(str(e).split())[:160]
         local = Path(locate(name)).exists()
@@ -231,13 +241,15 @@ class Student(nn.Module):
     def from_published(cls, config):
         """The student at the start of Stage A: published weights, fresh encoders, adapter at zero. Raises OSError."""
         base = locate(config["base"])
-        schedule = published(
-            "schedule", config["base"], "scheduler/", lambda: LCMScheduler.load_config(base, subfolder="scheduler")
-        )
-        betas = {k: schedule[k] for k in ("beta_start", "beta_end", "beta_schedule")}
+
+        def load():
+            schedule = LCMScheduler.load_config(base, subfolder="scheduler")
+            return LCMScheduler(**{k: schedule[k] for k in ("beta_start", "beta_end", "beta_schedule")}).alphas_cumprod
+
+        alphas_bar = published("schedule", config["base"], "scheduler/", load)
         vae, unet = load_vae(config), load_unet(config)
         clip, dino = load_vit(config["clip"]), load_vit(config["dino"])
-        return cls(config, vae, unet, clip, dino, LCMScheduler(**betas).alphas_cumprod)
+        return cls(config, vae, unet, clip, dino, alphas_bar)
 
     def features(self, y):
         """The frozen views of y: CLIP's tokens (B, 1 + N, D) and DINOv2's class token (B, D)."""

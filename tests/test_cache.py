@@ -122,6 +122,22 @@ def test_sec32_sample_is_degraded_picture_teacher_and_space_bridge(whole):
         dataset[12]
 
 
+def test_several_ranges_take_turns_over_the_repeats(tmp_path):
+    """Repeat 0 from difface, 1 from gfpgan: its quality is 60 or more, and half of difface's is below that."""
+    out = tmp_path / "cache"
+    run(fill(tmp_path / "data"), out, "--repeats", "2", "--ranges", "difface", "gfpgan")
+    dataset = cache.CacheDataset(out)
+    assert [r["name"] for r in dataset.meta["ranges"]] == ["difface", "gfpgan"]
+    for i in range(12):
+        record = dataset.record(i)
+        rng = np.random.Generator(np.random.PCG64((0, i % 6, i // 6)))
+        assert record["params"] == vars(degrade.sample(rng, ("difface", "gfpgan")[i // 6], SIZE))
+    assert min(dataset.record(i)["params"]["jpeg"] for i in range(6)) < 60
+    assert min(dataset.record(i)["params"]["jpeg"] for i in range(6, 12)) >= 60
+    with pytest.raises(SystemExit):
+        cache.parse_args(["--data", "x", "--ranges", "difface", "gfpgan"])
+
+
 def test_shards_open_without_this_code(whole):
     with safe_open(whole[0] / "shard_00000.safetensors", "pt") as f:
         assert f.get_tensor("z_lq").dtype == f.get_tensor("z_target").dtype == torch.float16
@@ -134,7 +150,7 @@ def test_meta_tells_how_it_was_made_and_nothing_of_where(whole):
     meta = cache.CacheDataset(whole[0]).meta
     expected = dict(preset="tiny", seed=0, steps=2, sigma_s=0.1, image_size=SIZE, repeats=2, pictures=6, skipped=[])
     assert {key: meta[key] for key in expected} == expected
-    assert meta["ranges"]["name"] == "difface" and meta["ranges"]["blur"] == [0.1, 15]
+    assert [r["name"] for r in meta["ranges"]] == ["difface"] and meta["ranges"][0]["blur"] == [0.1, 15]
     assert meta["versions"]["torch"] == torch.__version__ and set(meta["versions"]) >= {"numpy", "pillow"}
     for shard in meta["shards"]:
         data = (whole[0] / shard["file"]).read_bytes()

@@ -330,9 +330,25 @@ def test_missing_published_parts_are_named_in_one_line(small_config, tmp_path):
     with pytest.raises(OSError, match="VAE") as e:
         Student.from_published(small_config | {"base": str(base)})
     assert "\n" not in str(e.value)
+    with pytest.raises(FileNotFoundError, match="tiny/none in this repository, it is missing: restore it"):
+        student.locate("tiny/none")  # not asked of the hub
     with pytest.raises(OSError, match="hf download") as e:  # the hub's name, with no network
         student.load_unet(student.load_config("paper"))
     assert "stable-diffusion-v1-5" in str(e.value) and "3.4 GB" in str(e.value) and "\n" not in str(e.value)
+
+
+def test_foreign_configs_of_published_parts_are_one_line(small_config, tmp_path):
+    """A schedule without betas; a VAE whose weights are another network's."""
+    for part, file, text in (
+        ("scheduler", "scheduler_config.json", json.dumps({"_class_name": "DDIMScheduler"})),
+        ("vae", "config.json", json.dumps({"_class_name": "AutoencoderKL", "block_out_channels": [32], "layers_per_block": 3})),
+    ):  # fmt: skip
+        base = tmp_path / part
+        shutil.copytree(small_config["base"], base)
+        (base / part / file).write_text(text)
+        with pytest.raises(OSError, match="restore that folder") as e:
+            Student.from_published(small_config | {"base": str(base)})
+        assert "\n" not in str(e.value)
 
 
 def test_tiny_preset_is_the_same_classes(y):

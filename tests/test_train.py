@@ -43,7 +43,7 @@ def make_cache(small_config, root, steps):
     names = sorted(p.name for p in (root / "faces").iterdir())
     pmrf, vae = PMRF.from_pretrained(small_config["teacher"]), load_vae(small_config)
     settings = cache.settings_for(
-        pmrf, vae, root / "faces", names, small_config["preset"], 64, 0, steps, "difface", 1, 4
+        pmrf, vae, root / "faces", names, small_config["preset"], 64, 0, steps, ["difface"], 1, 4
     )
     cache.build(pmrf, vae, root / "faces", names, root / "cache", settings)
     return root / "cache"
