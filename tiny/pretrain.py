@@ -219,7 +219,7 @@ def train_dino(args, pool, steps, batch):
 
 SWINIR = {"embed_dim": 144, "depths": [2, 2], "num_heads": [6, 6], "num_feat": 0}
 HDIT = {"in_channels": 3, "out_channels": 3, "patch_size": 4, "widths": [64, 128, 192], "depths": [1, 2, 4],
-        "kernel_sizes": [7, None, None], "d_head": 32, "mapping_width": 128, "mapping_depth": 1}  # fmt: skip
+        "kernel_sizes": [7, None, None], "d_head": 64, "mapping_width": 128, "mapping_depth": 1}  # fmt: skip
 
 
 def train_posterior_mean(args, pool, steps, batch):
