@@ -213,7 +213,7 @@ def main(args):
     except (ValueError, OSError, SafetensorError) as e:
         fault = (str(e).strip() or repr(e)).splitlines()[-1]  # a data worker's error ends with what was raised there
     except (MemoryError, RuntimeError) as e:
-        if not out_of_memory(e):
+        if not (out_of_memory(e) or stopped()):
             raise
         fault = f"out of memory with --batch {args.batch} --accumulate {args.accumulate}: raise --accumulate"
         fault += " or lower --batch" if args.checkpointing else ", give --checkpointing or lower --batch"
@@ -222,8 +222,15 @@ def main(args):
     finally:
         if distributed and dist.is_initialized():
             dist.destroy_process_group()
+    if stopped():
+        return 130
     print(f"train.py: {fault}", file=sys.stderr)
     return 1
+
+
+def stopped():
+    """Whether `interrupted` has run: a library's C code may turn the exit that it raises into an error of its own."""
+    return signal.getsignal(signal.SIGINT) is signal.SIG_DFL
 
 
 def join(local_rank):

@@ -501,6 +501,23 @@ def test_an_error_of_the_code_itself_is_not_hidden(small_cache, tmp_path, monkey
         train.main(train.parse_args(arguments(small_cache, tmp_path / "x")))
 
 
+def test_ctrl_c_inside_a_library_is_no_fault(small_cache, tmp_path, monkeypatch, capsys):
+    """Its exit may come back as the library's own error."""
+    before = signal.getsignal(signal.SIGINT)
+
+    def reading(*_):
+        with pytest.raises(SystemExit):
+            train.interrupted()
+        raise OSError("what a library made of it")
+
+    monkeypatch.setattr(train, "decode", reading)
+    try:
+        assert train.main(train.parse_args(arguments(small_cache, tmp_path / "x"))) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "library" not in capsys.readouterr().err
+
+
 def test_ctrl_c_is_one_line_and_leaves_no_half_checkpoint(small_cache, tmp_path):
     out = tmp_path / "x"
     process = command("train.py", *arguments(small_cache, out, "--steps", "5000", "--save-every", "1"))
