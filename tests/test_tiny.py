@@ -58,6 +58,13 @@ def test_a_clone_stays_quick():
     assert not [p for p in (ROOT / "tiny").rglob("*") if p.suffix in {".pt", ".pth", ".ckpt", ".pkl", ".bin"}]
 
 
+def test_shipped_settings_name_no_machine():
+    files = list((ROOT / "tiny").rglob("*.json"))
+    assert len(files) >= 9
+    for path in files:
+        assert not [v for v in path.read_text().split('"') if v.startswith(("/", "~", "C:"))], path
+
+
 def test_every_part_can_be_rebuilt(tmp_path, monkeypatch):
     """Two steps of each part, in the order of tiny/README.md, from the sample portraits alone; then the chain opens them."""
     monkeypatch.chdir(tmp_path)  # logs go to runs/
@@ -65,6 +72,8 @@ def test_every_part_can_be_rebuilt(tmp_path, monkeypatch):
     parts = ["vae", "clip", "dino", "posterior-mean", "flow", "unet"]
     assert pretrain.main(pretrain.parse_args(command + ["--sigma-s", "0.05", "--bf16", *parts])) == 0
     assert {p.name for p in (tmp_path / "runs").glob("*.jsonl")} == {f"tiny_{part}.jsonl" for part in parts}
+    assert pretrain.main(pretrain.parse_args([*command, "--go-on", "unet"])) == 0
+    assert "made" not in (tmp_path / "made" / "base" / "unet" / "config.json").read_text()
     pmrf = teacher.PMRF.from_pretrained(tmp_path / "made" / "teacher")
     assert pmrf.sigma_s == 0.05 and pmrf.restore(torch.rand(1, 3, 128, 128), steps=1).shape == (1, 3, 128, 128)
     config = {**load_config("tiny"), "base": "made/base", "clip": {"name": "made/clip"}, "dino": {"name": "made/dino"}}

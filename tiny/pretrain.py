@@ -151,8 +151,11 @@ def train_vae(args, pool, steps, batch):
 
 
 def save_module(module, folder):
-    """A diffusers model as config.json + safetensors in float16."""
+    """A diffusers model as config.json + safetensors in float16, without the path that it may have been loaded from."""
     copy.deepcopy(module).half().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("_name_or_path", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 VIT = (
