@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import peft
 import pytest
@@ -338,14 +339,16 @@ def test_missing_published_parts_are_named_in_one_line(small_config, tmp_path):
 
 
 def test_foreign_configs_of_published_parts_are_one_line(small_config, tmp_path):
-    """A schedule without betas; a VAE whose weights are another network's."""
-    for part, file, text in (
-        ("scheduler", "scheduler_config.json", json.dumps({"_class_name": "DDIMScheduler"})),
-        ("vae", "config.json", json.dumps({"_class_name": "AutoencoderKL", "block_out_channels": [32], "layers_per_block": 3})),
-    ):  # fmt: skip
-        base = tmp_path / part
+    """A schedule without betas; a VAE whose weights are another network's, or only some of those that its config asks for."""
+    vae = json.loads((Path(small_config["base"]) / "vae" / "config.json").read_text())
+    for part, file, config in (
+        ("scheduler", "scheduler_config.json", {"_class_name": "DDIMScheduler"}),
+        ("vae", "config.json", vae | {"block_out_channels": [32] * 4}),
+        ("vae", "config.json", vae | {"layers_per_block": vae["layers_per_block"] + 1}),
+    ):
+        base = tmp_path / f"{part}{len(list(tmp_path.iterdir()))}"
         shutil.copytree(small_config["base"], base)
-        (base / part / file).write_text(text)
+        (base / part / file).write_text(json.dumps(config))
         with pytest.raises(OSError, match="restore that folder") as e:
             Student.from_published(small_config | {"base": str(base)})
         assert "\n" not in str(e.value)
