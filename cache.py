@@ -153,7 +153,7 @@ def finite(x, what):
 
 
 def settings_for(teacher, vae, data, sources, preset, image_size, seed, steps, ranges, repeats, batch):
-    """All that decides what is in the cache, as a JSON dict. sources: names relative to data; ranges: names in degrade.RANGES."""
+    """All that decides what is in the cache, as a JSON dict. sources: names in data; ranges: names in degrade.RANGES."""
     device = next(teacher.parameters()).device.type
     listing = [(name, (data / name).stat().st_size if (data / name).is_file() else None) for name in sources]
     settings = dict(preset=preset, image_size=image_size, seed=seed, steps=steps, sigma_s=teacher.sigma_s)
