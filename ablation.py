@@ -15,7 +15,7 @@ import numpy as np
 
 from faces import apply_method, faces
 from metrics import PAIRED, mean_interval
-from student import newest_checkpoint
+from student import load_config, locate, newest_checkpoint
 from tables import DIGITS, TITLES, markdown, spread, write_text
 
 ROOT = Path(__file__).resolve().parent
@@ -46,12 +46,10 @@ def train_row(folder, row, steps, cache, common):
 def train(folder, steps, cache, options, init=()):
     """Runs train.py until `folder` holds its last checkpoint; nothing to do where trained.json says that this was done.
 
-    trained.json is written when train.py has ended well. It tells steps, options and cache (the sha256 of meta.json, which
-    holds those of all shards). ValueError if it tells of others, or if train.py fails. The published weights that the cache's
-    preset names, and the code, are taken to be the same as before.
+    trained.json is written when train.py has ended well. It tells steps, options, cache and weights (`sources`). ValueError
+    if it tells of others, or if train.py fails. Weights of a hub, and the code, are taken to be the same as before.
     """
-    digest = hashlib.sha256((Path(cache) / "meta.json").read_bytes()).hexdigest()
-    wanted, note = {"steps": steps, "options": list(map(str, options)), "cache_sha256": digest}, folder / "trained.json"
+    wanted, note = {"steps": steps, "options": list(map(str, options)), **sources(cache)}, folder / "trained.json"
     if note.is_file():
         before = json.loads(note.read_text())
         if differ := [
@@ -67,6 +65,16 @@ def train(folder, steps, cache, options, init=()):
     if code := subprocess.run(command).returncode:
         raise ValueError(f"expected train.py to end well, got exit code {code} (see above): {' '.join(command)}")
     write_text(note, json.dumps(wanted, indent=1) + "\n")
+
+
+def sources(cache):
+    """sha256 of the cache's meta.json, which holds those of all shards, and of the weights in folders that its preset names."""
+    meta = (Path(cache) / "meta.json").read_bytes()
+    preset, weights = load_config(json.loads(meta)["preset"]), hashlib.sha256()
+    for name in (preset["base"], preset["clip"]["name"], preset["dino"]["name"]):
+        for file in sorted(Path(locate(name)).rglob("*.safetensors")):
+            weights.update(file.read_bytes())
+    return {"cache_sha256": hashlib.sha256(meta).hexdigest(), "weights_sha256": weights.hexdigest()}
 
 
 def measure_row(row, seed, student, color_fix, found, ranges, measure, device):

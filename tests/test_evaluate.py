@@ -25,6 +25,7 @@ import faces
 import images
 import metrics
 import speed
+import student
 import tables
 import train
 
@@ -255,6 +256,20 @@ def test_ablation_uses_no_run_of_other_options_or_another_cache(tmp_path, traine
     meta.write_text(meta.read_text() + " ")
     with pytest.raises(ValueError, match="cache_sha256"):
         ablation.train(tmp_path / "row", 3, tmp_path / "cache", ["--stage", "A", "--batch", 2])
+    assert len(trained) == 1
+
+
+@pytest.mark.parametrize("part", ["base/unet", "clip", "dino"])
+def test_ablation_uses_no_run_from_other_weights(tmp_path, trained, monkeypatch, part):
+    for name in ("base/unet", "clip", "dino"):
+        (tmp_path / "tiny" / name).mkdir(parents=True)
+        (tmp_path / "tiny" / name / "model.safetensors").write_bytes(b"before")
+    monkeypatch.setattr(student, "ROOT", tmp_path)
+    ablation.train(tmp_path / "row", 3, tmp_path / "cache", ["--stage", "A"])
+    ablation.train(tmp_path / "row", 3, tmp_path / "cache", ["--stage", "A"])
+    (tmp_path / "tiny" / part / "model.safetensors").write_bytes(b"after")
+    with pytest.raises(ValueError, match="weights_sha256"):
+        ablation.train(tmp_path / "row", 3, tmp_path / "cache", ["--stage", "A"])
     assert len(trained) == 1
 
 
