@@ -87,7 +87,8 @@ class SwinIR(nn.Module):
 
     embed_dim: channels; depths, num_heads: blocks and heads of each layer; num_feat: channels of the upsampler. num_feat 0
     takes the other end of the SwinIR family instead: one convolution and a pixel shuffle (its light upsampler), added to the
-    input (its denoisers). That starts as the identity, and so learns in minutes what the published form needs days for.
+    input (its denoisers), without the norm before them, which would hide how strong a token's detail is. That starts as the
+    identity, and so learns in minutes what the published form needs days for.
     """
 
     def __init__(self, embed_dim, depths, num_heads, num_feat=64):
@@ -102,7 +103,7 @@ class SwinIR(nn.Module):
         self.conv_first = nn.Sequential(nn.PixelUnshuffle(WINDOW), conv(3 * WINDOW**2, embed_dim))
         self.patch_embed = nn.ModuleDict({"norm": nn.LayerNorm(embed_dim)})
         self.layers = nn.ModuleList(SwinLayer(embed_dim, *dh) for dh in zip(depths, num_heads, strict=True))
-        self.norm = nn.LayerNorm(embed_dim)
+        self.norm = nn.LayerNorm(embed_dim) if num_feat else nn.Identity()
         self.conv_after_body = conv(embed_dim, embed_dim)
         if num_feat:
             self.conv_before_upsample = nn.Sequential(conv(embed_dim, num_feat), nn.LeakyReLU(0.01))
@@ -114,8 +115,11 @@ class SwinIR(nn.Module):
             nn.init.zeros_(self.upsample[0].bias)
         for m in self.modules():
             if isinstance(m, nn.Linear):
-                nn.init.trunc_normal_(m.weight, std=0.02)
+                nn.init.normal_(m.weight, std=m.in_features**-0.5)
                 nn.init.zeros_(m.bias)
+        for m in self.modules():
+            if isinstance(m, WindowAttention):  # attention that knows nothing yet only blurs
+                nn.init.zeros_(m.proj.weight)
         self.register_load_state_dict_pre_hook(drop_buffers)
 
     def forward(self, y):

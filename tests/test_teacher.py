@@ -132,6 +132,15 @@ def test_eq2_the_light_form_starts_as_the_identity_and_learns():
     assert tail == {"upsample.0.weight": (192, 12, 3, 3), "upsample.0.bias": (192,)}
 
 
+def test_eq2_swinir_starts_without_attention_and_its_light_form_keeps_the_strength_of_detail():
+    net = SwinIR(64, [2, 2], [2, 2], num_feat=0)
+    blocks = [b for layer in net.layers for b in layer.residual_group["blocks"]]
+    assert len(blocks) == 4 and not any(b.attn.proj.weight.any() for b in blocks)
+    assert all(b.mlp.fc1.weight.std().item() == pytest.approx(64**-0.5, rel=0.1) for b in blocks)
+    assert not any(k.startswith("norm.") for k in net.state_dict())
+    assert {k for k in SwinIR(8, [2], [1]).state_dict() if k.startswith("norm.")} == {"norm.weight", "norm.bias"}
+
+
 def test_eq3_path_runs_from_source_to_target_and_v_is_its_slope():
     source, target = torch.rand(2, 4, 3, 5, 5, dtype=torch.float64)
     ends = [path(source, target, torch.full((4,), t, dtype=torch.float64))[0] for t in (0.0, 1.0)]

@@ -1,5 +1,6 @@
 """The embedded model: its autoencoder against numpy, its size, and the README's chain on the sample portraits."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from images import read_image, square, to_uint8
 from student import load_config
 from tiny import pretrain
 from tiny.autoencoder import PCAAutoencoder
+from tiny.axes import half_whitened, in_pixels, learn_in_axes
 from tiny.pool import VIEWS, Pool, make_pair
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,6 +52,34 @@ def test_autoencoder_has_no_randomness():
     with torch.no_grad():
         d = vae.encode(x).latent_dist
         assert torch.equal(d.mode(), d.sample())
+
+
+def test_layers_learn_in_axes_and_are_saved_in_pixels():
+    """A step of Adam moves every coordinate alike, not every pixel; what comes back computes the same without the axes."""
+    torch.manual_seed(0)
+    patches = torch.randn(200, 12) * torch.logspace(1, -2, 12) @ torch.linalg.qr(torch.randn(12, 12))[0]
+    mean, down, up = half_whitened(patches)
+    assert (up @ down - torch.eye(12)).abs().max() < 1e-9
+    flat = half_whitened(patches[:, :4].repeat(1, 3))  # 4 of 12 axes vary
+    assert all(torch.isfinite(a).all() for a in flat) and (flat[2] @ flat[1] - torch.eye(12)).abs().max() < 1e-9
+    plain = torch.nn.Sequential(torch.nn.Linear(12, 5), torch.nn.Linear(5, 12))
+    start = [p.detach().clone() for p in plain.parameters()]
+    net = copy.deepcopy(plain)
+    learn_in_axes(net[0], "weight", down, up, dim=1, fresh=True)
+    learn_in_axes(net[1], "weight", up.T, down.T, dim=0, fresh=False)
+    learn_in_axes(net[1], "bias", up.T, down.T, dim=0, fresh=False)
+    assert torch.allclose(net[0].weight, start[0] @ down.float(), atol=1e-5)  # the start is one in coordinates
+    assert torch.allclose(net[1].weight, start[2], atol=1e-5) and torch.allclose(net[1].bias, start[3], atol=1e-5)
+    before = (net[0].weight @ up.float()).detach(), (down.float() @ net[1].weight).detach()
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    (net(patches) - patches).square().mean().backward()
+    optimizer.step()
+    moved = (net[0].weight @ up.float() - before[0], down.float() @ net[1].weight - before[1])
+    assert all((m.abs() - 1e-3).abs().max() < 1e-4 for m in moved)
+    expected = net(patches)
+    assert in_pixels(net, plain) is plain and [n for n, _ in plain.named_parameters()] == [
+        "0.weight", "0.bias", "1.weight", "1.bias"]  # fmt: skip
+    assert torch.allclose(plain(patches), expected, atol=1e-5)
 
 
 def test_a_clone_stays_quick():

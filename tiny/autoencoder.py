@@ -13,6 +13,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
+from tiny.axes import half_whitened
+
 
 class ResBlock(nn.Module):
     """Two 3 x 3 convolutions with GroupNorm and SiLU, added to the input; the second starts at zero."""
@@ -79,16 +81,10 @@ class PCAAutoencoder(ModelMixin, ConfigMixin):
     def fit_pca(self, x):
         """Sets the linear pair from pictures x (N, 3, H, W) in [-1, 1]: the leading components of all 8 x 8 patches.
 
-        Each component is divided by the square root of its standard deviation, half-way to whitening: the leading one would
-        otherwise outweigh the last by about 40 in every latent loss; the mean variance of the channels is then set to 1.
+        Half-way to whitening (axes.py), so that the latents' channels weigh more alike in every latent loss.
         """
-        patches = F.pixel_unshuffle(x, 8).permute(0, 2, 3, 1).reshape(-1, 192).double()
-        mean = patches.mean(0)
-        variance, basis = torch.linalg.eigh(torch.cov((patches - mean).T))  # ascending
-        c = self.config.latent_channels
-        std, basis = variance[-c:].flip(0).sqrt(), basis[:, -c:].flip(1)  # (C,), (192, C)
-        scale = std.sqrt() * std.mean().sqrt()
-        down, up = (basis / scale).T, basis * scale
+        patches = F.pixel_unshuffle(x, 8).permute(0, 2, 3, 1).reshape(-1, 192)
+        mean, down, up = half_whitened(patches, self.config.latent_channels)
         self.project.weight.copy_(down[:, :, None, None])
         self.project.bias.copy_(-down @ mean)
         self.unproject.weight.copy_(up[:, :, None, None])

@@ -26,7 +26,7 @@ RECIPE = {
     "vae": (800, 8),
     "clip": (300, 64),
     "dino": (400, 64),
-    "posterior-mean": (4000, 8),
+    "posterior-mean": (8000, 8),
     "flow": (3400, 8),
     "unet": (3200, 8),
 }
@@ -75,6 +75,7 @@ from tqdm import tqdm
 import losses
 import teacher
 from tiny.autoencoder import PCAAutoencoder
+from tiny.axes import half_whitened, in_pixels, learn_in_axes
 from tiny.pool import SIZE, Pool
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -220,24 +221,32 @@ def train_dino(args, pool, steps, batch):
     fit("dino", net, loss_fn, steps, 5e-4, lambda m: save_vit(m.vit, args.out / "dino"), args.bf16)
 
 
-SWINIR = {"embed_dim": 144, "depths": [2, 2], "num_heads": [6, 6], "num_feat": 0}
+SWINIR = {"embed_dim": 128, "depths": [2, 2], "num_heads": [4, 4], "num_feat": 0}
 HDIT = {"in_channels": 3, "out_channels": 3, "patch_size": 4, "widths": [64, 128, 192], "depths": [1, 2, 4],
         "kernel_sizes": [7, None, None], "d_head": 64, "mapping_width": 128, "mapping_depth": 1}  # fmt: skip
 
 
 def train_posterior_mean(args, pool, steps, batch):
-    """Eq. 2: the network that minimises the squared error is the posterior mean."""
+    """Eq. 2: the network that minimises the squared error is the posterior mean. Its ends learn in axes (axes.py)."""
     pool.forget("mmse")
     fresh = lambda: teacher.PMRF(teacher.SwinIR(**SWINIR), teacher.HDiT(**HDIT), args.sigma_s)  # noqa: E731
     pmrf = teacher.PMRF.from_pretrained(args.out / "teacher").train() if args.go_on else fresh()
-    swinir = pmrf.mmse_model.to(DEVICE)
+    swinir = copy.deepcopy(pmrf.mmse_model).to(DEVICE)
+    patches = F.pixel_unshuffle(pool.get("hq", pool.batch(512)), 8).permute(0, 2, 3, 1).reshape(-1, 192)
+    _, down, up = half_whitened(patches)
+    learn_in_axes(swinir.conv_first[1], "weight", down, up, dim=1, fresh=not args.go_on)
+    learn_in_axes(swinir.upsample[0], "weight", up.T, down.T, dim=0, fresh=not args.go_on)
+    learn_in_axes(swinir.upsample[0], "bias", up.T, down.T, dim=0, fresh=not args.go_on)
 
     def loss_fn(step):
         index = pool.batch(batch)
         loss = teacher.posterior_mean_loss(swinir, pool.get("lq", index), pool.get("hq", index))
         return loss, {"psnr": round(-10 * math.log10(loss.item()), 2)}
 
-    save = lambda m: teacher.PMRF(m, pmrf.model, pmrf.sigma_s).save_pretrained(args.out / "teacher")  # noqa: E731
+    def save(average):
+        mmse_model = in_pixels(average, pmrf.mmse_model)
+        teacher.PMRF(mmse_model, pmrf.model, pmrf.sigma_s).save_pretrained(args.out / "teacher")
+
     fit("posterior-mean", swinir, loss_fn, steps, 1e-3, save, args.bf16)
 
 
