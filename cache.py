@@ -77,10 +77,10 @@ from PIL import Image, ImageDraw, features
 from tqdm import tqdm
 
 import degrade
-from images import (
+from plumbing.commands import enough_memory
+from plumbing.pictures import (
     decode_image,
     encode_image,
-    enough_memory,
     find_images,
     make_folder,
     read_image,
@@ -90,7 +90,7 @@ from images import (
     write_bytes,
     write_image,
 )
-from shards import CacheDataset, check, read_meta, read_records, settings_of, write_shard
+from plumbing.shards import CacheDataset, check, read_meta, read_records, settings_of, write_shard
 
 MAX_SHARD = 256  # samples; about 120 MB at 512 px
 

@@ -55,7 +55,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from images import enough_memory, find_images, make_folder, read_image, square, write_image
+from plumbing.commands import enough_memory
+from plumbing.pictures import find_images, make_folder, read_image, square, write_image
 
 # Training draws the degradations of face i from (seed, i, repeat), and numpy takes a missing number for 0: (seed, i) would
 # repeat them, one by one, on the pictures that a model is tested with. No training repeats a face so often as this.

@@ -103,15 +103,16 @@ import tempfile
 
 import torch
 
-import images
-from ablation import ABLATION, ablation_table, measure_row, train_row
-from faces import apply_method, faces, find_faces
-from metrics import NO_REFERENCE, PAIRED, SETS, PictureMetrics, optional, set_metrics
+from evaluation.ablation import ABLATION, ablation_table, measure_row, train_row
+from evaluation.faces import apply_method, faces, find_faces
+from evaluation.metrics import NO_REFERENCE, PAIRED, SETS, PictureMetrics, optional, set_metrics
+from evaluation.speed import parts_table, random_models, whole_table
+from evaluation.tables import TITLES, interval, markdown, write_csv, write_text
+from plumbing import pictures
+from plumbing.commands import enough_memory
+from plumbing.shards import read_meta
 from restore import choose_device, wavelet_color_fix
-from shards import read_meta
-from speed import parts_table, random_models, whole_table
 from student import Student, decode, encode, load_config, locate
-from tables import TITLES, interval, markdown, write_csv, write_text
 from teacher import PMRF
 
 CEILING = "teacher through the VAE"  # the best that a student of this latent space can do at copying its target
@@ -158,7 +159,7 @@ def quality(args):
     students, teacher = load_models(args.checkpoint, device)
     rows, measure = methods(students, teacher, args.steps), PictureMetrics(args.metrics, device)
     size, lines, tables = next(iter(students.values())).image_size, [], []
-    images.make_folder(args.out)
+    pictures.make_folder(args.out)
     for level in args.level:
         with tempfile.TemporaryDirectory(prefix=".pictures_", dir=args.out) as folder:  # of this run and level alone
             folder, done = Path(folder), []
@@ -204,7 +205,7 @@ def keep_for_sets(folder, row, i, x, wanted):
     if set(SETS) & set(wanted):
         target = folder / row.replace("/", "_") / f"{i:05d}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
-        images.write_image(target, x)
+        pictures.write_image(target, x)
 
 
 def measure_sets(folder, row, wanted, device):
@@ -222,7 +223,7 @@ def ablation(args):
     """
     device, lines = choose_device(args.device), []
     found, failed = find_faces(args.data, args.limit)
-    images.make_folder(args.out)
+    pictures.make_folder(args.out)
     count = read_meta(args.cache)["count"]
     measure = PictureMetrics(args.metrics, device)
     note = f"{2 * args.steps} steps of batch {args.batch} ({args.precision}) a row on {count} samples; seeds {args.seeds}; "
@@ -249,7 +250,7 @@ def speed(args):
     """Prints (and writes, with --out) a table of whole methods and one of the student's parts, all measured in this run."""
     device = choose_device(args.device)
     if args.out:
-        images.make_folder(args.out)  # before the work, not after it
+        pictures.make_folder(args.out)  # before the work, not after it
     if args.random_weights:
         student, teacher = random_models(load_config(args.random_weights))
     else:
@@ -287,7 +288,7 @@ def report(args):
     if args.out.is_dir():
         raise ValueError(f"expected a file for the page, got the folder {args.out}: name a file in it")
     found, failed = find_faces(args.data, args.limit)
-    images.make_folder(args.out.parent)
+    pictures.make_folder(args.out.parent)
     students, teacher = load_models(args.checkpoint, device)
     columns, measure = methods(students, teacher, [teacher.steps]), PictureMetrics(("psnr", "ssim", "lpips"), device)
     columns.pop(CEILING)
@@ -309,13 +310,13 @@ def report(args):
 
 def cell(x, text):
     """A table cell with the picture x (3, S, S) inside the page itself and a text under it."""
-    data = base64.b64encode(images.encode_image(x, ".png")).decode()
+    data = base64.b64encode(pictures.encode_image(x, ".png")).decode()
     return f'<td><img src="data:image/png;base64,{data}" alt="">{text}</td>'
 
 
 def main(args):
     try:
-        with images.enough_memory(args.command, "use --device cpu, or a machine with more"):
+        with enough_memory(args.command, "use --device cpu, or a machine with more"):
             command = {"quality": quality, "ablation": ablation, "speed": speed, "report": report}[args.command]
             failed = command(args)
     except (ValueError, OSError) as e:

@@ -73,7 +73,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from images import SUFFIXES, enough_memory, find_images, make_folder, read_image, resize, write_image
+from plumbing.commands import enough_memory
+from plumbing.pictures import SUFFIXES, find_images, make_folder, read_image, resize, write_image
 
 
 def low_pass(x, levels=5):

@@ -12,10 +12,9 @@ import signal
 import torch
 import torch.nn as nn
 
-import checkpoint
-import images
 import losses
 from cache import CacheDataset, weights_sha256
+from plumbing import checkpoints, pictures
 from student import Student, load_config, locate, newest_checkpoint
 from teacher import PMRF
 
@@ -184,27 +183,27 @@ class Run:
             return
 
         def fill(folder):
-            checkpoint.save_training(folder / "training.safetensors", self.trained, self.optimizer)
-            with checkpoint.averaged(self.trained, self.ema):
+            checkpoints.save_training(folder / "training.safetensors", self.trained, self.optimizer)
+            with checkpoints.averaged(self.trained, self.ema):
                 self.grid(self.args.out / "grid.png")
                 self.student.save(folder, **self.settings(), step=step, torch=torch.__version__)
 
-        checkpoint.write(self.args.out, step, fill)
+        checkpoints.write(self.args.out, step, fill)
 
     def resume(self):
         """Goes on from the newest checkpoint of --out, if there is one. Returns its step, or 0."""
-        found = checkpoint.steps_in(self.args.out)
+        found = checkpoints.steps_in(self.args.out)
         if not found:
             if self.args.resume:
                 raise FileNotFoundError(
                     f"expected a checkpoint in {self.args.out}, found none: leave --resume out to begin"
                 )
             return 0
-        checkpoint.check_settings(found[-1], self.settings())
+        checkpoints.check_settings(found[-1], self.settings())
         self.student.load_trained(found[-1])
         self.ema = {name: p.detach().clone() for name, p in self.trained.items()}
         step = self.student.config["step"]
-        checkpoint.load_training(found[-1] / "training.safetensors", self.trained, self.optimizer, step)
+        checkpoints.load_training(found[-1] / "training.safetensors", self.trained, self.optimizer, step)
         return step
 
     @torch.no_grad()
@@ -214,7 +213,7 @@ class Run:
         y, x_target = (torch.stack([r[k] for r in rows]) for k in ("y", "x_target"))
         with self.autocast():
             x_hat = self.student(y.to(self.device)).float().cpu()
-        images.write_image(path, torch.cat([torch.cat(list(column), 1) for column in (y, x_hat, x_target)], 2))
+        pictures.write_image(path, torch.cat([torch.cat(list(column), 1) for column in (y, x_hat, x_target)], 2))
 
     def log(self, step, lr, raw, lambdas):
         """One line of log.jsonl: the terms of Eq. 6, raw and weighted. Returns their sum."""

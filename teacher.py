@@ -22,9 +22,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from hdit import HDiT, neighborhood_attention  # noqa: F401 (offered here too)
-from images import write_bytes
-from swinir import SwinIR
+from nets.hdit import HDiT, neighborhood_attention  # noqa: F401 (offered here too)
+from nets.swinir import SwinIR
+from plumbing.pictures import write_bytes
 
 # The published sizes, swinir_L and hdit_ImageNet256Sp4
 SWINIR = dict(embed_dim=180, depths=[6] * 8, num_heads=[6] * 8)

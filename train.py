@@ -97,9 +97,9 @@ from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import checkpoint
 import losses
 import sgcl
+from plumbing import checkpoints
 from run import Run, generator
 from student import decode
 
@@ -171,7 +171,7 @@ def check_finite(values, step, out):
     """ValueError that names the step, the term and the last good checkpoint if a term of Eq. 6 is NaN or infinite."""
     for name, value in values.items():
         if not torch.isfinite(value):
-            good = checkpoint.steps_in(out)
+            good = checkpoints.steps_in(out)
             kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
             raise ValueError(f"{name!r} is {value.item()} at step {step}; {kept}: lower --lr or raise --batch")
 
@@ -195,7 +195,7 @@ def train(args):
         ids = [run.device.index] if run.device.type == "cuda" else None
         run.one_step = DistributedDataParallel(run.one_step, device_ids=ids, broadcast_buffers=False)
     if not run.rank:
-        checkpoint.trim_log(args.out / "log.jsonl", first)
+        checkpoints.trim_log(args.out / "log.jsonl", first)
     if first and first >= args.steps:
         print(f"{args.out} is finished at step {first}: nothing to do")
     if not args.steps:

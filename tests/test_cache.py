@@ -30,8 +30,8 @@ from torch.utils.data import DataLoader
 
 import cache
 import degrade
-import images
 import teacher
+from plumbing import pictures
 
 SIZE = 64
 
@@ -70,7 +70,7 @@ def fill(folder, n=6):
         a, b, c = np.random.default_rng(k).uniform(1, 9, (3, 3, 1, 1))
         path = folder / "deeper" / f"{k}.png" if k % 3 == 2 else folder / f"{k}.{('png', 'jpg', 'webp')[k % 3]}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        images.write_image(path, torch.from_numpy(0.5 + 0.4 * np.sin(a * x + b * y * y + c)))
+        pictures.write_image(path, torch.from_numpy(0.5 + 0.4 * np.sin(a * x + b * y * y + c)))
     return folder
 
 
@@ -110,11 +110,11 @@ def test_sec32_sample_is_degraded_picture_teacher_and_space_bridge(whole):
     for i in (6, 7):
         sample, record = dataset[i], dataset.record(i)
         assert sample["index"] == i and sample["z_lq"].shape == (192, 8, 8) and sample["z_lq"].dtype == torch.float32
-        hq = images.to_uint8(images.square(images.read_image(data / record["source"]), SIZE)) / 255
+        hq = pictures.to_uint8(pictures.square(pictures.read_image(data / record["source"]), SIZE)) / 255
         y = degrade.apply(hq, degrade.Params(**record["params"]))
         assert torch.equal(sample["y"], y)
         assert (sample["x_target"] - x_hat[i - 6]).abs().max() < 0.502 / 255
-        assert torch.equal(images.to_uint8(sample["x_target"]) / 255, sample["x_target"])
+        assert torch.equal(pictures.to_uint8(sample["x_target"]) / 255, sample["x_target"])
         for z, x in (("z_lq", "y"), ("z_target", "x_target")):  # the latents are those of the stored pictures
             assert torch.equal(sample[z], encode(vae, sample[x][None])[0].half().float())
         assert record["sha256"] == hashlib.sha256((data / record["source"]).read_bytes()).hexdigest()
@@ -172,12 +172,12 @@ def test_each_sample_depends_on_seed_index_and_repeat_alone(whole, tmp_path):
 
 
 def test_preview_shows_lq_teacher_and_hq(whole):
-    sheet = images.read_image(whole[0] / "preview.png")
+    sheet = pictures.read_image(whole[0] / "preview.png")
     assert sheet.shape == (3, 20 + 8 * 256, 3 * 256)
-    sample, hq = cache.CacheDataset(whole[0])[1], images.read_image(whole[1] / "1.jpg")
-    for column, x in enumerate((sample["y"], sample["x_target"], images.square(hq, 256))):
+    sample, hq = cache.CacheDataset(whole[0])[1], pictures.read_image(whole[1] / "1.jpg")
+    for column, x in enumerate((sample["y"], sample["x_target"], pictures.square(hq, 256))):
         shown = sheet[:, 20 + 256 : 20 + 512, 256 * column :][..., :256]
-        assert (shown - images.resize(x, (256, 256))).abs().max() < 0.6 / 255
+        assert (shown - pictures.resize(x, (256, 256))).abs().max() < 0.6 / 255
 
 
 # ------------------------------------------------------------------------------------------- the same bytes, in any case

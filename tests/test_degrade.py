@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import degrade
-from images import to_uint8, write_image
+from plumbing.pictures import to_uint8, write_image
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "golden"

@@ -18,16 +18,11 @@ import numpy as np
 import pytest
 import torch
 
-import ablation
 import degrade
 import evaluate
-import faces
-import images
-import metrics
-import speed
-import student
-import tables
 import train
+from evaluation import ablation, faces, metrics, speed, tables
+from plumbing import pictures, presets
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDENTS = {}
@@ -80,7 +75,7 @@ def test_each_picture_of_a_batch_has_its_own_value():
 
 
 def test_lpips_orders_pictures_by_what_they_lost():
-    x = images.resize(images.read_image(CLEAN / "hopper.png"), (128, 128))
+    x = pictures.resize(pictures.read_image(CLEAN / "hopper.png"), (128, 128))
     measure = metrics.PictureMetrics(["lpips"], "cpu")
     values = [
         measure(degrade.apply(x, degrade.level(n, 128))[None], x[None])["lpips"] for n in ("light", "medium", "heavy")
@@ -150,7 +145,7 @@ def test_quality_writes_what_the_pictures_give(tmp_path, monkeypatch):
         lines = list(csv.DictReader(f))
     names = ["input", "posterior mean", "teacher, 1 step", "student tiny", evaluate.CEILING]
     assert [x["method"] for x in lines] == names * 4  # two levels, two faces
-    x = degrade.square(images.read_image(CLEAN / "hopper.png"), 128)  # the second face
+    x = degrade.square(pictures.read_image(CLEAN / "hopper.png"), 128)  # the second face
     y = degrade.apply(x, degrade.sample(np.random.default_rng((7, 1, degrade.EVALUATION)), "difface", 128))
     mse = ((y - x).double() ** 2).mean().item()
     assert float(lines[5]["psnr"]) == pytest.approx(10 * math.log10(1 / mse), abs=1e-4)
@@ -184,7 +179,7 @@ def test_a_broken_face_is_named_left_out_and_changes_no_other(tmp_path, capsys):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["quality.csv", "quality.md"]
     with open(tmp_path / "out" / "quality.csv") as f:
         line = [x for x in csv.DictReader(f) if x["face"] == "c.png"][0]
-    x = degrade.square(images.read_image(CLEAN / "hopper.png"), 128)  # the third face, whatever became of the second
+    x = degrade.square(pictures.read_image(CLEAN / "hopper.png"), 128)  # the third face, whatever became of the second
     y = degrade.apply(x, degrade.sample(np.random.default_rng((0, 2, degrade.EVALUATION)), "difface", 128))
     assert float(line["psnr"]) == pytest.approx(metrics.psnr(y[None], x[None]).item(), abs=1e-4)
 
@@ -264,7 +259,7 @@ def test_ablation_uses_no_run_from_other_weights(tmp_path, trained, monkeypatch,
     for name in ("base/unet", "clip", "dino"):
         (tmp_path / "tiny" / name).mkdir(parents=True)
         (tmp_path / "tiny" / name / "model.safetensors").write_bytes(b"before")
-    monkeypatch.setattr(student, "ROOT", tmp_path)
+    monkeypatch.setattr(presets, "ROOT", tmp_path)
     ablation.train(tmp_path / "row", 3, tmp_path / "cache", ["--stage", "A"])
     ablation.train(tmp_path / "row", 3, tmp_path / "cache", ["--stage", "A"])
     (tmp_path / "tiny" / part / "model.safetensors").write_bytes(b"after")

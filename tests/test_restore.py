@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import images
 import restore
+from plumbing import pictures
 
 ROOT = Path(__file__).resolve().parent.parent
 DEGRADED = ROOT / "samples" / "degraded"
@@ -159,21 +159,21 @@ def test_restores_a_sample_beside_it_and_leaves_it_alone(tmp_path, capsys):
     assert run(picture, "--compare") == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["face.png", "face_compare.png", "face_restored.png"]
     assert digest(picture) == before and size(tmp_path / "face_restored.png") == (512, 512)
-    both = images.read_image(tmp_path / "face_compare.png")
-    assert torch.equal(both[:, :, :512], images.read_image(picture))
-    assert torch.equal(both[:, :, 512:], images.read_image(tmp_path / "face_restored.png"))
+    both = pictures.read_image(tmp_path / "face_compare.png")
+    assert torch.equal(both[:, :, :512], pictures.read_image(picture))
+    assert torch.equal(both[:, :, 512:], pictures.read_image(tmp_path / "face_restored.png"))
     assert "face.png 512x512 -> " in capsys.readouterr().out
 
 
 def test_the_student_sees_the_picture_and_keeps_its_colours(tmp_path):
     """Nearer to the clean face in low frequencies than a picture of the mean colour, and not just the input again."""
-    y = images.read_image(DEGRADED / "medium" / "hopper.png")
+    y = pictures.read_image(DEGRADED / "medium" / "hopper.png")
     run(DEGRADED / "medium" / "hopper.png", "-o", tmp_path / "x.png")
     x_hat, x = (
-        restore.low_pass(images.read_image(p)[None]) for p in (tmp_path / "x.png", ROOT / "samples/clean/hopper.png")
+        restore.low_pass(pictures.read_image(p)[None]) for p in (tmp_path / "x.png", ROOT / "samples/clean/hopper.png")
     )
     assert (x_hat - x).square().mean() < 0.1 * (x - x.mean((2, 3), keepdim=True)).square().mean()
-    assert (images.read_image(tmp_path / "x.png") - y).abs().mean() > 0.005
+    assert (pictures.read_image(tmp_path / "x.png") - y).abs().mean() > 0.005
 
 
 def test_same_bytes_out_whatever_the_batch_and_the_company(tmp_path):

@@ -18,9 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import hdit
-import swinir
 import teacher
+from nets import hdit, swinir
 from teacher import PMRF, HDiT, SwinIR, flow_matching_loss, neighborhood_attention, path, posterior_mean_loss
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -14,11 +14,11 @@ import restore
 import student
 import teacher
 import train
-from checkpoint import steps_in
-from images import read_image, square, to_uint8
+from nets.autoencoder import PCAAutoencoder
+from plumbing.checkpoints import steps_in
+from plumbing.pictures import read_image, square, to_uint8
 from student import load_config
 from tiny import pretrain
-from tiny.autoencoder import PCAAutoencoder
 from tiny.axes import half_whitened, in_pixels, learn_in_axes
 from tiny.pool import VIEWS, Pool, make_pair
 

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 import cache
 import sgcl
 import train
-from checkpoint import steps_in
-from images import write_image
+from plumbing.checkpoints import steps_in
+from plumbing.pictures import write_image
 from run import Batches, Run, generator
 from student import Student, load_vae
 from teacher import PMRF

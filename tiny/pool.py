@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import degrade
-import images
+from plumbing import pictures
 
 SIZE, VIEWS = 128, 16
 RANGES = ("difface", "gfpgan")  # of even and odd views: difface alone holds hardly any lightly degraded picture
@@ -56,15 +56,15 @@ def make_pair(picture, seed, face, view):
     params = degrade.sample(rng, RANGES[view % len(RANGES)], SIZE)
     y = degrade.apply(x, params)
     x = degrade.to_gray(x) if params.gray else x
-    return images.to_uint8(x).numpy(), images.to_uint8(y).numpy(), degradation_numbers(params)
+    return pictures.to_uint8(x).numpy(), pictures.to_uint8(y).numpy(), degradation_numbers(params)
 
 
 def make_pool(faces, folder, seed):
     """Writes hq.npy, lq.npy and numbers.npy from the pictures `faces`, VIEWS pairs of each."""
     pairs = []
     for face, path in enumerate(tqdm(faces, desc="pool")):
-        square = images.square(images.read_image(path), 512)
-        picture = Image.fromarray(images.to_uint8(square).permute(1, 2, 0).numpy())
+        square = pictures.square(pictures.read_image(path), 512)
+        picture = Image.fromarray(pictures.to_uint8(square).permute(1, 2, 0).numpy())
         pairs += [make_pair(picture, seed, face, view) for view in range(VIEWS)]
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in zip(("hq", "lq", "numbers"), zip(*pairs, strict=True), strict=True):
@@ -76,7 +76,7 @@ class Pool:
 
     def __init__(self, data, folder, seed, device):
         self.folder, self.device = folder, device
-        faces = images.find_images([data])
+        faces = pictures.find_images([data])
         if not faces:
             raise ValueError(f"expected face pictures in {data}, found none: give a folder with png, jpg or webp files")
         listing = json.dumps([(p.relative_to(data).as_posix(), p.stat().st_size) for p in faces])
@@ -84,7 +84,7 @@ class Pool:
         record = folder / "pool.json"
         if not record.is_file():
             make_pool(faces, folder, seed)
-            images.write_bytes(record, json.dumps(made_of).encode())
+            pictures.write_bytes(record, json.dumps(made_of).encode())
         if json.loads(record.read_text()) != made_of:
             raise ValueError(f"expected a pool of {data} and seed {seed} in {folder}, got another one: delete it")
         self.faces = len(faces)

@@ -74,7 +74,7 @@ from tqdm import tqdm
 
 import losses
 import teacher
-from tiny.autoencoder import PCAAutoencoder
+from nets.autoencoder import PCAAutoencoder
 from tiny.axes import half_whitened, in_pixels, learn_in_axes
 from tiny.pool import SIZE, Pool
 

@@ -11,8 +11,8 @@ import torch
 from tqdm import tqdm
 
 import degrade
-import images
-from speed import synchronize
+from evaluation.speed import synchronize
+from plumbing import pictures
 
 
 def find_faces(data, limit=None):
@@ -21,10 +21,10 @@ def find_faces(data, limit=None):
     These are named on stderr. The index counts them too, so that the degradations of the other faces stay as they were.
     ValueError if no picture is left.
     """
-    found, good = images.find_images([data])[:limit], []
+    found, good = pictures.find_images([data])[:limit], []
     for i, path in enumerate(found):
         try:
-            images.read_image(path)
+            pictures.read_image(path)
             good.append((i, path))
         except (ValueError, OSError) as e:
             print(f"evaluate.py: {e}", file=sys.stderr)
@@ -40,7 +40,7 @@ def faces(found, size, level="default", ranges="difface", seed=0):
     found: from find_faces; level: "default" (drawn from `ranges`) or a name in degrade.LEVELS.
     """
     for i, path in tqdm(found, desc=level, disable=None):
-        x = degrade.square(images.read_image(path), size)
+        x = degrade.square(pictures.read_image(path), size)
         params = degrade.level(level, size, seed + i) if level != "default" else None
         params = params or degrade.sample(np.random.default_rng((seed, i, degrade.EVALUATION)), ranges, size)
         x = degrade.to_gray(x) if params.gray else x  # as in training: a gray copy has a gray target
@@ -56,4 +56,4 @@ def apply_method(method, y, seed, device):
     x_hat = method(y, seed)
     synchronize(device)
     ms = (time.perf_counter() - start) * 1000
-    return images.to_uint8(x_hat).float() / 255, ms
+    return pictures.to_uint8(x_hat).float() / 255, ms

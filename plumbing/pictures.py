@@ -197,18 +197,6 @@ def make_folder(path):
     return Path(path)
 
 
-@contextlib.contextmanager
-def enough_memory(what, remedy):
-    """Turns running out of memory, which Python, numpy and torch each report in another way, into a ValueError of one line."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as e:
-        texts = ("out of memory", "can't allocate memory")  # torch on a GPU, on a CPU
-        if isinstance(e, RuntimeError) and not any(text in str(e) for text in texts):
-            raise
-        raise ValueError(f"expected enough memory for {what}, got too little: {remedy}") from e
-
-
 def sync(path):
     """Flushes a written file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)

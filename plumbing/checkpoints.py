@@ -13,8 +13,8 @@ import shutil
 import torch
 from safetensors.torch import load_file, save_file
 
-from images import sync, write_bytes
-from student import load_config
+from plumbing.pictures import sync, write_bytes
+from plumbing.presets import load_config
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 import degrade
-from images import decode_image, write_bytes
+from plumbing.pictures import decode_image, write_bytes
 
 CHECKED = 8  # samples a shard whose latent `check` decodes
 MIN_PSNR = 18.0  # dB, decoded target latent against X†; two faces have at most about 16 to each other

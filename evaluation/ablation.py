@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from faces import apply_method, faces
-from metrics import PAIRED, mean_interval
+from evaluation.faces import apply_method, faces
+from evaluation.metrics import PAIRED, mean_interval
+from evaluation.tables import DIGITS, TITLES, markdown, spread, write_text
 from student import load_config, locate, newest_checkpoint
-from tables import DIGITS, TITLES, markdown, spread, write_text
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 LATENT_ONLY = ["--lambda-lpips", "0", "--lambda-l1", "0", "--lambda-sgcl", "0"]
 ABLATION = {  # row: options for both stages, steps of Stage A and of Stage B in units of --steps
     "full": ([], 1, 1),

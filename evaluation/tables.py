@@ -3,8 +3,8 @@
 import csv
 import io
 
-from images import make_folder, write_bytes
-from metrics import mean_interval
+from evaluation.metrics import mean_interval
+from plumbing.pictures import make_folder, write_bytes
 
 TITLES = {
     "psnr": "PSNR ↑",

@@ -1,0 +1,86 @@
+"""The two presets and the settings of a checkpoint: names and sizes of every network, by value.
+
+A preset is a dict. `paper` names the published weights on the Hugging Face hub, `tiny` the folders of this repository; the
+classes that read them are the same. A name is a folder of this repository, any other folder, or a hub id.
+"""
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+PRESETS = {
+    "paper": {
+        "preset": "paper",
+        "image_size": 512,
+        "teacher": "ohayonguy/PMRF_blind_face_image_restoration",
+        "base": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "lcm_lora": "latent-consistency/lcm-lora-sdv1-5",
+        "clip": {"name": "vit_base_patch16_clip_quickgelu_224.openai"},
+        "dino": {"name": "vit_base_patch14_dinov2.lvd142m", "img_size": 224},
+        "visual_encoder": {"nf": 64, "emb_dim": 197, "ch_mult": [2, 4, 8], "res_blocks": 2},
+        "condition_channels": [16, 32, 96, 256],
+        "adapter": "zero-linear",
+        "timestep": 499,
+        "lora_rank": 32,
+        "lr": 2e-5,
+    },
+    "tiny": {
+        "preset": "tiny",
+        "image_size": 128,
+        "teacher": "tiny/teacher",
+        "base": "tiny/base",
+        "lcm_lora": None,
+        "clip": {"name": "tiny/clip"},
+        "dino": {"name": "tiny/dino"},
+        "visual_encoder": {"nf": 32, "emb_dim": 65, "ch_mult": [1, 2, 2], "res_blocks": 1},
+        "condition_channels": [16, 32, 48, 64],
+        "adapter": "zero-linear",
+        "timestep": 499,
+        "lora_rank": 32,
+        "lr": 5e-4,
+    },
+}
+
+
+def load_config(name):
+    """ "tiny", "paper", or a checkpoint's or run's folder -> the dict of settings. ValueError, FileNotFoundError otherwise."""
+    if name in PRESETS:
+        return json.loads(json.dumps(PRESETS[name]))  # a copy that no caller can change
+    path = newest_checkpoint(name) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError:
+        raise ValueError(
+            f"expected a checkpoint's settings in {path}, got no JSON: the checkpoint is damaged"
+        ) from None
+    if not isinstance(config, dict) or "preset" not in config or "stage" not in config:
+        raise ValueError(
+            f"expected a DirectFlow checkpoint in {path.parent}, its config.json names no preset and stage: name another"
+        )
+    return config
+
+
+def newest_checkpoint(folder):
+    """The folder itself if it is a checkpoint, or the last step-* in a run's folder. FileNotFoundError if there is none."""
+    folder = ROOT / "tiny" / "student" if str(folder) == "tiny" else Path(folder)
+    steps = sorted(p for p in folder.glob("step-*") if (p / "config.json").is_file() and not p.name.endswith(".tmp"))
+    if (folder / "config.json").is_file():
+        return folder
+    if steps:
+        return steps[-1]
+    raise FileNotFoundError(
+        f"expected a checkpoint (config.json) or a run (step-*) in {folder}, found none: train one first"
+    )
+
+
+def locate(name):
+    """A folder of this repository or of the disk -> its path; anything else is a hub id and stays as it is.
+
+    FileNotFoundError for a part of tiny/ that is not there: it is no hub id.
+    """
+    if (ROOT / name).is_dir():
+        return str(ROOT / name)
+    if str(name).startswith("tiny/"):
+        raise FileNotFoundError(f"expected {name} in this repository, it is missing: restore it from git")
+    return str(name)
