@@ -12,13 +12,11 @@ Usage: params = sample(np.random.default_rng(0), "difface", size=512); y = apply
 """
 
 import argparse
-import dataclasses
-import io
-import math
-import os
-import signal
 import sys
 from pathlib import Path
+
+from plumbing import commands
+from plumbing.commands import complain, enough_memory, say, whole
 
 RANGE_NAMES, LEVEL_NAMES = ("difface", "gfpgan", "codeformer", "codeformer-large"), ("light", "medium", "heavy")
 
@@ -30,118 +28,48 @@ def parse_args(argv=None):
     how = p.add_mutually_exclusive_group()
     how.add_argument("--ranges", choices=RANGE_NAMES, default="difface", help="draw the parameters (default difface)")
     how.add_argument("--level", choices=LEVEL_NAMES, help="fixed parameters instead of drawn ones")
-    p.add_argument("--size", type=int, metavar="N", help="crop to a square of N px first (default: leave the size)")
-    p.add_argument("--seed", type=int, default=0, help="seed of parameters and noise (default 0)")
-    args = p.parse_args(argv)
-    if args.size is not None and not 16 <= args.size <= 8192:
-        p.error(f"argument --size: expected 16 to 8192, got {args.size}")
-    if args.seed < 0:
-        p.error(f"argument --seed: expected 0 or more, got {args.seed}")
-    return args
-
-
-def interrupted(*_):
-    os.write(2, b"\ndegrade.py: interrupted\n")
-    if "main" not in globals():  # still importing, where libraries may turn an exit into something else
-        os._exit(130)
-    sys.exit(130)  # raised wherever it is, so that a file in the writing is removed
+    p.add_argument(
+        "--size", type=whole(16, 8192), metavar="N", help="crop to a square of N px first (default: leave the size)"
+    )
+    p.add_argument("--seed", type=whole(0), default=0, help="seed of parameters and noise (default 0)")
+    return p.parse_args(argv)
 
 
 if __name__ == "__main__":
-    ARGS = parse_args()  # before torch is imported, so that -h answers at once
-    signal.signal(signal.SIGINT, interrupted)
+    ARGS = commands.begin(parse_args, "what is written is whole")
+
+import dataclasses
+import io
+import math
 
 import numpy as np
 import torch
 from PIL import Image
 
-from plumbing.commands import enough_memory
 from plumbing.pictures import find_images, make_folder, read_image, square, write_image
 
-# Training draws the degradations of face i from (seed, i, repeat), and numpy takes a missing number for 0: (seed, i) would
-# repeat them, one by one, on the pictures that a model is tested with. No training repeats a face so often as this.
-EVALUATION = 2**32 - 1
+# --- y = [ (x * k_sigma) down_r + n_delta ]_JPEG_q up_r ---------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Ranges:
-    """What `sample` draws from, uniformly; spatial values for pictures of 512 px."""
+def apply(x, params):
+    """Degrades a picture: y = [ (x * k_sigma) down_r + n_delta ]_JPEG_q up_r.
 
-    blur: tuple[float, float]  # sigma of the Gaussian, pixels
-    down: tuple[float, float]  # factor r; below 1 the picture is enlarged
-    noise: tuple[float, float]  # standard deviation, grey levels of 255
-    jpeg: tuple[float, float]  # quality
-    gray: float = 0.0  # probability of a gray sample (its target is made gray too)
-    isotropic: float = 0.5  # probability of a round kernel
-    kernel: int = 41  # kernel size, pixels, odd
-
-
-RANGES = {
-    # zsyOAOA/DifFace configs/training/swinir_ffhq512.yaml: the posterior-mean network of PMRF, and PMRF itself
-    "difface": Ranges(blur=(0.1, 15), down=(0.8, 32), noise=(0, 20), jpeg=(30, 100), gray=0.01),
-    # TencentARC/GFPGAN options/train_gfpgan_v1_simple.yml, with its gt_gray variant (no colour jitter)
-    "gfpgan": Ranges(blur=(0.1, 10), down=(0.8, 8), noise=(0, 20), jpeg=(60, 100), gray=0.01),
-    # sczhou/CodeFormer options/CodeFormer_stage3.yml: its small ranges, and its large ones (those of stage 2)
-    "codeformer": Ranges(blur=(0.1, 10), down=(1, 12), noise=(0, 15), jpeg=(60, 100)),
-    "codeformer-large": Ranges(blur=(1, 15), down=(4, 30), noise=(0, 20), jpeg=(30, 80)),
-}
-MIN_DOWN = 0.8  # scaled ranges do not go below: enlarging a small picture more would lose nothing but time
-
-
-@dataclasses.dataclass(frozen=True)
-class Params:
-    """One degradation. `dataclasses.asdict` makes a plain JSON dict of it, `Params(**d)` reads it back."""
-
-    kernel_size: int  # odd, pixels
-    sigma_x: float  # pixels, > 0
-    sigma_y: float
-    theta: float  # radians, from the x axis towards the y axis (downwards)
-    down: float  # factor r > 0
-    noise: float  # standard deviation, grey levels of 255
-    noise_seed: int
-    jpeg: int  # quality 1 ... 100
-    gray: bool = False
-
-    def scaled(self, size):
-        """These parameters, meant for 512 px, for pictures of `size` px: blur and downsampling times size / 512."""
-        k = size / 512
-        spatial = dict(sigma_x=self.sigma_x * k, sigma_y=self.sigma_y * k, down=max(self.down * k, MIN_DOWN))
-        return dataclasses.replace(self, kernel_size=_scale_kernel(self.kernel_size, size), **spatial)
-
-
-LEVELS = {  # for 512 px; our choice: a mild web copy, an old small picture, and close to the far end of "difface"
-    "light": Params(kernel_size=41, sigma_x=1.5, sigma_y=1.5, theta=0.0, down=2, noise=3, noise_seed=0, jpeg=80),
-    "medium": Params(kernel_size=41, sigma_x=4.0, sigma_y=4.0, theta=0.0, down=6, noise=8, noise_seed=0, jpeg=60),
-    "heavy": Params(kernel_size=41, sigma_x=8.0, sigma_y=8.0, theta=0.0, down=16, noise=15, noise_seed=0, jpeg=40),
-}
-
-
-def sample(rng, ranges="difface", size=512):
-    """Draws the parameters of one degradation.
-
-    rng: numpy.random.Generator; ranges: a name in RANGES or a Ranges, for 512 px; size: side of the pictures in pixels,
-    by which blur, kernel and downsampling are scaled (size / 512) while noise and JPEG stay. Returns Params.
+    x: (3, H, W) float32 in [0, 1]. Returns y, same shape, 8-bit values / 255, a function of x and params alone. If
+    params.gray, y is gray and the caller makes the target gray with `to_gray`. Raises ValueError for another shape.
     """
-    r = RANGES[ranges] if isinstance(ranges, str) else ranges
-    k = size / 512
-    sigma_x, sigma_y = (float(s) * k for s in rng.uniform(*r.blur, 2))
-    theta = float(rng.uniform(-math.pi, math.pi))
-    if rng.uniform() < r.isotropic:
-        sigma_y, theta = sigma_x, 0.0
-    low = max(r.down[0] * k, MIN_DOWN)
-    down = float(rng.uniform(low, max(r.down[1] * k, low)))
-    noise, jpeg, gray = float(rng.uniform(*r.noise)), int(rng.uniform(*r.jpeg)), bool(rng.uniform() < r.gray)
-    noise_seed = int(rng.integers(2**32))
-    return Params(_scale_kernel(r.kernel, size), sigma_x, sigma_y, theta, down, noise, noise_seed, jpeg, gray)
-
-
-def level(name, size=512, seed=0):
-    """The fixed parameters LEVELS[name] for pictures of `size` px, with the noise of `seed`."""
-    return dataclasses.replace(LEVELS[name].scaled(size), noise_seed=seed)
-
-
-def _scale_kernel(kernel_size, size):
-    return 2 * max(1, round(kernel_size // 2 * size / 512)) + 1
+    if x.ndim != 3 or x.shape[0] != 3:
+        raise ValueError(f"expected a picture (3, H, W), got {tuple(x.shape)}: degrade the pictures one by one")
+    _, H, W = x.shape
+    y = x.detach().cpu().numpy().astype(np.float64) * 255
+    y = blur(y, _gaussian_kernel(params.kernel_size, params.sigma_x, params.sigma_y, params.theta))
+    y = bilinear(y, (max(1, int(H / params.down)), max(1, int(W / params.down))))
+    rng = np.random.Generator(np.random.PCG64(params.noise_seed))
+    y = y + params.noise * rng.standard_normal(y.shape)
+    y = jpeg(_round8(y), params.jpeg).astype(np.float64)
+    y = bilinear(y, (H, W))
+    if params.gray:
+        y = np.broadcast_to(0.299 * y[0] + 0.587 * y[1] + 0.114 * y[2], y.shape)
+    return torch.from_numpy(_round8(y).astype(np.float32) / 255)
 
 
 def gaussian_kernel(size, sigma_x, sigma_y, theta):
@@ -208,33 +136,105 @@ def to_gray(x):
     return torch.stack([gray, gray, gray], -3)
 
 
-def apply(x, params):
-    """Degrades a picture: y = [ (x * k_sigma) down_r + n_delta ]_JPEG_q up_r.
-
-    x: (3, H, W) float32 in [0, 1]. Returns y, same shape, 8-bit values / 255, a function of x and params alone. If
-    params.gray, y is gray and the caller makes the target gray with `to_gray`. Raises ValueError for another shape.
-    """
-    if x.ndim != 3 or x.shape[0] != 3:
-        raise ValueError(f"expected a picture (3, H, W), got {tuple(x.shape)}: degrade the pictures one by one")
-    _, H, W = x.shape
-    y = x.detach().cpu().numpy().astype(np.float64) * 255
-    y = blur(y, _gaussian_kernel(params.kernel_size, params.sigma_x, params.sigma_y, params.theta))
-    y = bilinear(y, (max(1, int(H / params.down)), max(1, int(W / params.down))))
-    rng = np.random.Generator(np.random.PCG64(params.noise_seed))
-    y = y + params.noise * rng.standard_normal(y.shape)
-    y = jpeg(_round8(y), params.jpeg).astype(np.float64)
-    y = bilinear(y, (H, W))
-    if params.gray:
-        y = np.broadcast_to(0.299 * y[0] + 0.587 * y[1] + 0.114 * y[2], y.shape)
-    return torch.from_numpy(_round8(y).astype(np.float32) / 255)
-
-
 def _round8(v):
     # through a grid of 2^-24, so that a value a rounding error away from a half rounds like the half itself
     return np.clip(np.round(np.round(v * 2**24) / 2**24), 0, 255).astype(np.uint8)
 
 
-def main(args):
+# --- the parameters: which there are, and how they are drawn ----------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Params:
+    """One degradation. `dataclasses.asdict` makes a plain JSON dict of it, `Params(**d)` reads it back."""
+
+    kernel_size: int  # odd, pixels
+    sigma_x: float  # pixels, > 0
+    sigma_y: float
+    theta: float  # radians, from the x axis towards the y axis (downwards)
+    down: float  # factor r > 0
+    noise: float  # standard deviation, grey levels of 255
+    noise_seed: int
+    jpeg: int  # quality 1 ... 100
+    gray: bool = False
+
+    def scaled(self, size):
+        """These parameters, meant for 512 px, for pictures of `size` px: blur and downsampling times size / 512."""
+        k = size / 512
+        spatial = dict(sigma_x=self.sigma_x * k, sigma_y=self.sigma_y * k, down=max(self.down * k, MIN_DOWN))
+        return dataclasses.replace(self, kernel_size=_scale_kernel(self.kernel_size, size), **spatial)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranges:
+    """What `sample` draws from, uniformly; spatial values for pictures of 512 px."""
+
+    blur: tuple[float, float]  # sigma of the Gaussian, pixels
+    down: tuple[float, float]  # factor r; below 1 the picture is enlarged
+    noise: tuple[float, float]  # standard deviation, grey levels of 255
+    jpeg: tuple[float, float]  # quality
+    gray: float = 0.0  # probability of a gray sample (its target is made gray too)
+    isotropic: float = 0.5  # probability of a round kernel
+    kernel: int = 41  # kernel size, pixels, odd
+
+
+RANGES = {
+    # zsyOAOA/DifFace configs/training/swinir_ffhq512.yaml: the posterior-mean network of PMRF, and PMRF itself
+    "difface": Ranges(blur=(0.1, 15), down=(0.8, 32), noise=(0, 20), jpeg=(30, 100), gray=0.01),
+    # TencentARC/GFPGAN options/train_gfpgan_v1_simple.yml, with its gt_gray variant (no colour jitter)
+    "gfpgan": Ranges(blur=(0.1, 10), down=(0.8, 8), noise=(0, 20), jpeg=(60, 100), gray=0.01),
+    # sczhou/CodeFormer options/CodeFormer_stage3.yml: its small ranges, and its large ones (those of stage 2)
+    "codeformer": Ranges(blur=(0.1, 10), down=(1, 12), noise=(0, 15), jpeg=(60, 100)),
+    "codeformer-large": Ranges(blur=(1, 15), down=(4, 30), noise=(0, 20), jpeg=(30, 80)),
+}
+MIN_DOWN = 0.8  # scaled ranges do not go below: enlarging a small picture more would lose nothing but time
+
+
+def sample(rng, ranges="difface", size=512):
+    """Draws the parameters of one degradation.
+
+    rng: numpy.random.Generator; ranges: a name in RANGES or a Ranges, for 512 px; size: side of the pictures in pixels,
+    by which blur, kernel and downsampling are scaled (size / 512) while noise and JPEG stay. Returns Params.
+    """
+    r = RANGES[ranges] if isinstance(ranges, str) else ranges
+    k = size / 512
+    sigma_x, sigma_y = (float(s) * k for s in rng.uniform(*r.blur, 2))
+    theta = float(rng.uniform(-math.pi, math.pi))
+    if rng.uniform() < r.isotropic:
+        sigma_y, theta = sigma_x, 0.0
+    low = max(r.down[0] * k, MIN_DOWN)
+    down = float(rng.uniform(low, max(r.down[1] * k, low)))
+    noise, jpeg, gray = float(rng.uniform(*r.noise)), int(rng.uniform(*r.jpeg)), bool(rng.uniform() < r.gray)
+    noise_seed = int(rng.integers(2**32))
+    return Params(_scale_kernel(r.kernel, size), sigma_x, sigma_y, theta, down, noise, noise_seed, jpeg, gray)
+
+
+LEVELS = {  # for 512 px; our choice: a mild web copy, an old small picture, and close to the far end of "difface"
+    "light": Params(kernel_size=41, sigma_x=1.5, sigma_y=1.5, theta=0.0, down=2, noise=3, noise_seed=0, jpeg=80),
+    "medium": Params(kernel_size=41, sigma_x=4.0, sigma_y=4.0, theta=0.0, down=6, noise=8, noise_seed=0, jpeg=60),
+    "heavy": Params(kernel_size=41, sigma_x=8.0, sigma_y=8.0, theta=0.0, down=16, noise=15, noise_seed=0, jpeg=40),
+}
+
+
+def level(name, size=512, seed=0):
+    """The fixed parameters LEVELS[name] for pictures of `size` px, with the noise of `seed`."""
+    return dataclasses.replace(LEVELS[name].scaled(size), noise_seed=seed)
+
+
+def _scale_kernel(kernel_size, size):
+    return 2 * max(1, round(kernel_size // 2 * size / 512)) + 1
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+# Training draws the degradations of face i from (seed, i, repeat), and numpy takes a missing number for 0: (seed, i) would
+# repeat them, one by one, on the pictures that a model is tested with. No training repeats a face so often as this.
+EVALUATION = 2**32 - 1
+
+
+def work(args):
+    """Writes a degraded copy of each picture, and prints its parameters. Returns the exit code."""
     paths = find_images(args.images)
     if not paths:
         raise ValueError(f"expected at least one picture, got none in {' '.join(args.images)}: name another folder")
@@ -254,18 +254,16 @@ def main(args):
                 params = level(args.level, size, args.seed) if args.level else sample(rng, args.ranges, size)
                 y = apply(x, params)
         except (ValueError, OSError) as e:
-            print(f"degrade.py: {e}", file=sys.stderr)
-            failed = 1
+            failed = complain(e)
             continue
         write_image(target, y)
-        print(f"{target}  {params}")
+        say(f"{target}  {params}")
     return failed
 
 
+def main(args):
+    return commands.run(work, args)
+
+
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file name need not be valid UTF-8
-    try:
-        sys.exit(main(ARGS))
-    except (ValueError, OSError) as e:
-        print(f"degrade.py: {e}", file=sys.stderr)
-        sys.exit(1)
+    sys.exit(main(ARGS))

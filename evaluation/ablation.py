@@ -13,12 +13,16 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.faces import apply_method, faces
-from evaluation.metrics import PAIRED, mean_interval
-from evaluation.tables import DIGITS, TITLES, markdown, spread, write_text
-from student import load_config, locate, newest_checkpoint
+from evaluation.faces import apply_method, faces, find_faces
+from evaluation.metrics import PAIRED, PictureMetrics, mean_interval
+from evaluation.tables import DIGITS, TITLES, markdown, spread, write_csv, write_text
+from plumbing import pictures
+from plumbing.commands import say
+from plumbing.presets import ROOT, load_config, locate, newest_checkpoint
+from plumbing.shards import read_meta
+from restore import wavelet_color_fix
+from student import Student
 
-ROOT = Path(__file__).resolve().parent.parent
 LATENT_ONLY = ["--lambda-lpips", "0", "--lambda-l1", "0", "--lambda-sgcl", "0"]
 ABLATION = {  # row: options for both stages, steps of Stage A and of Stage B in units of --steps
     "full": ([], 1, 1),
@@ -30,6 +34,35 @@ ABLATION = {  # row: options for both stages, steps of Stage A and of Stage B in
     "Stage A only": ([], 2, 0),
     "Stage B only": ([], 0, 2),
 }
+
+
+def ablation(data, cache, out, *, steps, seeds, batch, precision, ranges, limit, metrics, device):
+    """Trains every row of ABLATION with every seed and measures it; ablation.csv and ablation.md in `out` grow row by row.
+
+    steps: training steps a stage. The same call again trains only what is missing. Returns the number of faces that could not
+    be read. ValueError if there is none left, or a run cannot be trained or does not belong to these settings.
+    """
+    found, failed = find_faces(data, limit)
+    pictures.make_folder(out)
+    count, lines = read_meta(cache)["count"], []
+    measure = PictureMetrics(metrics, device)
+    note = f"{2 * steps} steps of batch {batch} ({precision}) a row on {count} samples; seeds {seeds}; "
+    note += (
+        f"{len(found)} faces, drawn from {ranges}, seed 0. Mean over seeds (lowest to highest). The differences are "
+    )
+    note += "paired by face and seed, with the 95 % interval of drawing faces and seeds with replacement.\n\n"
+    fixes = {"full": wavelet_color_fix, "w/o colour correction": lambda x, y: x}  # measured on the same students
+    for row in ABLATION:
+        for seed in seeds:
+            folder = out / "".join(c if c.isalnum() else "_" for c in row) / f"seed_{seed}"
+            common = ["--batch", batch, "--precision", precision, "--seed", seed]
+            student = Student.load(train_row(folder, row, steps, cache, common)).to(device)
+            for name, fix in fixes.items() if row == "full" else [(row, wavelet_color_fix)]:
+                lines += measure_row(name, seed, student, fix, found, ranges, measure, device)
+        write_csv(out / "ablation.csv", lines)
+        write_text(out / "ablation.md", note + ablation_table(lines))
+    say(note + ablation_table(lines))
+    return failed
 
 
 def train_row(folder, row, steps, cache, common):

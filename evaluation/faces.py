@@ -3,7 +3,6 @@
 Usage: for name, seed, x, y in faces(find_faces("faces/val")[0], 128): x_hat, ms = apply_method(method, y, seed, "cpu")
 """
 
-import sys
 import time
 
 import numpy as np
@@ -11,8 +10,9 @@ import torch
 from tqdm import tqdm
 
 import degrade
-from evaluation.speed import synchronize
 from plumbing import pictures
+from plumbing.commands import complain
+from plumbing.devices import synchronize
 
 
 def find_faces(data, limit=None):
@@ -27,7 +27,7 @@ def find_faces(data, limit=None):
             pictures.read_image(path)
             good.append((i, path))
         except (ValueError, OSError) as e:
-            print(f"evaluate.py: {e}", file=sys.stderr)
+            complain(e)
     if not good:
         got = f"{len(found)} that cannot be read" if found else "no picture"
         raise ValueError(f"expected clean faces in {data}, got {got}: name another folder")
@@ -40,7 +40,7 @@ def faces(found, size, level="default", ranges="difface", seed=0):
     found: from find_faces; level: "default" (drawn from `ranges`) or a name in degrade.LEVELS.
     """
     for i, path in tqdm(found, desc=level, disable=None):
-        x = degrade.square(pictures.read_image(path), size)
+        x = pictures.square(pictures.read_image(path), size)
         params = degrade.level(level, size, seed + i) if level != "default" else None
         params = params or degrade.sample(np.random.default_rng((seed, i, degrade.EVALUATION)), ranges, size)
         x = degrade.to_gray(x) if params.gray else x  # as in training: a gray copy has a gray target

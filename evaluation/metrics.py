@@ -126,7 +126,7 @@ def set_metrics(folder, reference, wanted, device):
     values = torch_fidelity.calculate_metrics(
         input1=str(folder),
         input2=str(reference),
-        cuda=device == "cuda",
+        cuda=device.type == "cuda",
         kid_subset_size=min(1000, n),
         verbose=False,
         **asked,

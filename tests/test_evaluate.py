@@ -21,8 +21,9 @@ import torch
 import degrade
 import evaluate
 import train
-from evaluation import ablation, faces, metrics, speed, tables
-from plumbing import pictures, presets
+from evaluation import ablation, faces, metrics, quality, report, speed, tables
+from plumbing import commands, pictures, presets
+from student import Student
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDENTS = {}
@@ -36,19 +37,25 @@ def pair(i):
     return [torch.from_numpy(GOLDEN[f"{k}{i}"]).permute(2, 0, 1)[None].float() / 255 for k in "ab"]
 
 
+def call(*args):
+    """The exit code of `python evaluate.py args`, in this process."""
+    return evaluate.main(evaluate.parse_args([str(a) for a in (*args, "--device", "cpu")]))
+
+
 def run(*args):
-    assert evaluate.main(evaluate.parse_args([str(a) for a in (*args, "--device", "cpu")])) == 0
+    assert call(*args) == 0
 
 
 @pytest.fixture(autouse=True)
 def keep_models(monkeypatch):
-    """The student in tiny/ is loaded once for all tests."""
-    load = evaluate.Student.load
+    """The student in tiny/ is loaded once for all tests; errors begin with the script's name."""
+    load = Student.load
 
     def cached(name):
         return STUDENTS.setdefault("tiny", STUDENTS.get("tiny") or load("tiny")) if name == "tiny" else load(name)
 
-    monkeypatch.setattr(evaluate.Student, "load", cached)
+    monkeypatch.setattr(Student, "load", cached)
+    monkeypatch.setattr(commands, "SCRIPT", "evaluate.py")
 
 
 # --- measures
@@ -143,9 +150,9 @@ def test_quality_writes_what_the_pictures_give(tmp_path, monkeypatch):
         "--metrics", "psnr", "lpips", "fid", "precision")  # fmt: skip
     with open(tmp_path / "quality.csv") as f:
         lines = list(csv.DictReader(f))
-    names = ["input", "posterior mean", "teacher, 1 step", "student tiny", evaluate.CEILING]
+    names = ["input", "posterior mean", "teacher, 1 step", "student tiny", quality.CEILING]
     assert [x["method"] for x in lines] == names * 4  # two levels, two faces
-    x = degrade.square(pictures.read_image(CLEAN / "hopper.png"), 128)  # the second face
+    x = pictures.square(pictures.read_image(CLEAN / "hopper.png"), 128)  # the second face
     y = degrade.apply(x, degrade.sample(np.random.default_rng((7, 1, degrade.EVALUATION)), "difface", 128))
     mse = ((y - x).double() ** 2).mean().item()
     assert float(lines[5]["psnr"]) == pytest.approx(10 * math.log10(1 / mse), abs=1e-4)
@@ -170,8 +177,7 @@ def test_a_broken_face_is_named_left_out_and_changes_no_other(tmp_path, capsys):
     for name, source in (("a", "collins"), ("c", "hopper")):
         (data / f"{name}.png").write_bytes((CLEAN / f"{source}.png").read_bytes())
     (data / "b.png").write_bytes((CLEAN / "hopper.png").read_bytes()[:5000])
-    args = ["quality", "--data", data, "--metrics", "psnr", "--steps", 1, "--out", tmp_path / "out", "--device", "cpu"]
-    assert evaluate.main(evaluate.parse_args([str(a) for a in args])) == 1
+    assert call("quality", "--data", data, "--metrics", "psnr", "--steps", 1, "--out", tmp_path / "out") == 1
     streams = capsys.readouterr()
     named = [line for line in streams.err.splitlines() if line.startswith("evaluate.py")]
     assert len(named) == 2 and "b.png" in named[0] and "1 of the pictures" in named[1]
@@ -179,7 +185,7 @@ def test_a_broken_face_is_named_left_out_and_changes_no_other(tmp_path, capsys):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["quality.csv", "quality.md"]
     with open(tmp_path / "out" / "quality.csv") as f:
         line = [x for x in csv.DictReader(f) if x["face"] == "c.png"][0]
-    x = degrade.square(pictures.read_image(CLEAN / "hopper.png"), 128)  # the third face, whatever became of the second
+    x = pictures.square(pictures.read_image(CLEAN / "hopper.png"), 128)  # the third face, whatever became of the second
     y = degrade.apply(x, degrade.sample(np.random.default_rng((0, 2, degrade.EVALUATION)), "difface", 128))
     assert float(line["psnr"]) == pytest.approx(metrics.psnr(y[None], x[None]).item(), abs=1e-4)
 
@@ -187,6 +193,7 @@ def test_a_broken_face_is_named_left_out_and_changes_no_other(tmp_path, capsys):
 def test_no_face_is_measured_with_a_degradation_that_training_draws(monkeypatch):
     measured = []
     monkeypatch.setattr(degrade, "apply", lambda x, params: measured.append(params) or x)
+    monkeypatch.setattr(pictures, "read_image", lambda path: torch.zeros(3, 128, 128))
     found = [(i, CLEAN / "hopper.png") for i in range(20)]
     for seed in range(3):
         list(faces.faces(found, 128, seed=seed))
@@ -269,11 +276,10 @@ def test_ablation_uses_no_run_from_other_weights(tmp_path, trained, monkeypatch,
 
 
 def test_ablation_measures_every_row_and_seed(tmp_path, trained, monkeypatch):
-    student = evaluate.Student.load("tiny")
-    monkeypatch.setattr(evaluate.Student, "load", lambda folder: student)
+    student = Student.load("tiny")
+    monkeypatch.setattr(Student, "load", lambda folder: student)
     rows = {"full": ([], 1, 1), "w/o SGCL": (["--lambda-sgcl", "0"], 1, 1), "Stage A only": ([], 2, 0)}
-    for module in (evaluate, ablation):
-        monkeypatch.setattr(module, "ABLATION", rows)
+    monkeypatch.setattr(ablation, "ABLATION", rows)
     run("ablation", "--cache", tmp_path / "cache", "--data", CLEAN, "--limit", 1, "--steps", 5, "--seeds", 0, 1,
         "--precision", "bf16", "--out", tmp_path / "out")  # fmt: skip
     said = [
@@ -294,8 +300,7 @@ def test_ablation_measures_every_row_and_seed(tmp_path, trained, monkeypatch):
 
 def test_ablation_wants_faces_and_a_cache_before_it_trains(tmp_path, trained, capsys):
     for data, cache in ((tmp_path / "none", tmp_path / "cache"), (CLEAN, tmp_path / "none")):
-        args = ["ablation", "--data", data, "--cache", cache, "--steps", 1, "--out", tmp_path / "out"]
-        assert evaluate.main(evaluate.parse_args([str(a) for a in args])) == 1
+        assert call("ablation", "--data", data, "--cache", cache, "--steps", 1, "--out", tmp_path / "out") == 1
         assert len(capsys.readouterr().err.splitlines()) == 1
     assert not trained
 
@@ -347,14 +352,14 @@ def test_median_ms_and_working_memory_measure_what_is_there():
 
 def test_report_is_one_file_that_asks_nothing_of_the_network(tmp_path, monkeypatch):
     page = tmp_path / "report.html"
-    load = evaluate.load_models
+    load = report.load_models
 
     def with_few_steps(*args):
         students, teacher = load(*args)
         teacher.steps = 1
         return students, teacher
 
-    monkeypatch.setattr(evaluate, "load_models", with_few_steps)
+    monkeypatch.setattr(report, "load_models", with_few_steps)
     run("report", "--data", CLEAN, "--limit", 1, "--out", page)
     text = page.read_text()
     sources = re.findall(r'src="([^"]*)"', text)
@@ -377,11 +382,10 @@ def test_errors_are_one_line(tmp_path, capsys):
     for data, checkpoint, out in (
         (CLEAN, tmp_path / "none", "out"), (tmp_path / "none", "tiny", "out"), (CLEAN, "tiny", "file")
     ):  # fmt: skip
-        args = ["quality", "--data", data, "--checkpoint", checkpoint, "--out", tmp_path / out]
-        assert evaluate.main(evaluate.parse_args([str(a) for a in args])) == 1
+        assert call("quality", "--data", data, "--checkpoint", checkpoint, "--out", tmp_path / out) == 1
         error = capsys.readouterr().err
         assert error.startswith("evaluate.py: expected") and len(error.splitlines()) == 1
-    assert evaluate.main(evaluate.parse_args(["report", "--data", str(CLEAN), "--out", str(tmp_path)])) == 1
+    assert call("report", "--data", CLEAN, "--out", tmp_path) == 1
     assert "expected a file for the page" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
@@ -395,28 +399,35 @@ def test_too_little_memory_is_one_line(tmp_path, monkeypatch, capsys, error):
     def load(*_):
         raise error
 
-    monkeypatch.setattr(evaluate, "load_models", load)
-    args = evaluate.parse_args(["quality", "--data", str(CLEAN), "--out", str(tmp_path)])
-    assert evaluate.main(args) == 1
-    assert capsys.readouterr().err == (
-        "evaluate.py: expected enough memory for quality, got too little: use --device cpu, or a machine with more\n"
+    monkeypatch.setattr(quality, "load_models", load)
+    assert call("quality", "--data", CLEAN, "--out", tmp_path) == 1
+    expected = (
+        "expected enough memory for this command, got too little: use --device cpu, or a machine with more memory"
     )
-    monkeypatch.setattr(evaluate, "load_models", lambda *_: [].pop())
+    assert capsys.readouterr().err == f"evaluate.py: {expected}\n"
+    monkeypatch.setattr(quality, "load_models", lambda *_: [].pop())
     with pytest.raises(IndexError):  # a fault of the code is not hidden
-        evaluate.main(args)
+        call("quality", "--data", CLEAN, "--out", tmp_path)
 
 
-def test_ctrl_c_ends_with_one_line_and_130(tmp_path):
-    out = tmp_path / "out"
-    command = [sys.executable, ROOT / "evaluate.py", "quality", "--data", CLEAN, "--out", out, "--steps", "500"]
-    process = subprocess.Popen([*map(str, command), "--device", "cpu"], stderr=subprocess.PIPE, text=True)
-    while not list(out.glob(".pictures_*")):  # in the middle of the work
-        time.sleep(0.05)
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    error = process.communicate()[1]
-    assert process.returncode == 130 and "Traceback" not in error and "evaluate.py: interrupted" in error
-    assert not list(out.iterdir())
+def test_ctrl_c_leaves_no_half_of_a_table(tmp_path, monkeypatch, capfd):
+    calls = []
+
+    def pressed(self, y, **_):  # in the middle of the first face
+        calls.append(list(tmp_path.glob(".pictures_*")))
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return y
+
+    monkeypatch.setattr(quality.PMRF, "restore", pressed)
+    before = signal.signal(signal.SIGINT, commands.interruption("the same command again"))
+    try:
+        with pytest.raises(SystemExit) as e:
+            call("quality", "--data", CLEAN, "--out", tmp_path, "--steps", 1, "--metrics", "psnr")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert e.value.code == 130 and capfd.readouterr().err.endswith("evaluate.py: interrupted; the same command again\n")
+    assert len(calls) == 2 and calls[1] and not list(tmp_path.iterdir())
 
 
 def test_what_a_terminal_or_utf8_cannot_hold_is_written_nevertheless(tmp_path):
