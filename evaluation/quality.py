@@ -1,24 +1,31 @@
-"""Quality of input, posterior mean, teacher and students on the same faces (paper Tab. 1, 2).
+"""Quality of input, posterior mean, teacher, students and pictures from elsewhere on the same faces (paper Tab. 1, 2).
 
-Used by `python evaluate.py quality`. Clean faces are degraded here, every method restores the copy, and each result is measured
-as a file would hold it, 8 bits a channel.
+Used by `python evaluate.py quality`, and by the ablation. Measured is what restore.py would write, 8 bits a channel, at the
+picture's own size; where that is not the original's (a small input, say) it is resampled for the measures that compare the two.
 """
 
 import statistics
 import tempfile
+import time
 from pathlib import Path
 
-from evaluation.faces import apply_method, faces, find_faces
-from evaluation.metrics import NO_REFERENCE, PAIRED, SETS, PictureMetrics, optional, set_metrics
+import torch
+
+from evaluation.faces import degraded, find_faces, find_pairs, given
+from evaluation.metrics import SETS, PictureMetrics, optional, set_metrics
 from evaluation.tables import TITLES, interval, markdown, write_csv, write_text
 from plumbing import pictures
 from plumbing.commands import say
+from plumbing.devices import synchronize
 from plumbing.presets import locate
-from restore import wavelet_color_fix
+from restore import restore
 from student import Student, decode, encode
 from teacher import PMRF
 
 CEILING = "teacher through the VAE"  # the best that a student of this latent space can do at copying its target
+
+
+# --- the rows of a table: {name: function of a face -> x_hat (3, H, W)} -----------------------------------------------
 
 
 def load_models(checkpoints, device):
@@ -31,53 +38,137 @@ def load_models(checkpoints, device):
     return students, PMRF.from_pretrained(locate(config["teacher"])).to(device)
 
 
-def methods(students, teacher, steps):
-    """The rows of a table: {name: function of y (1, 3, S, S) and a seed -> x_hat}."""
-    rows = {"input": lambda y, seed: y, "posterior mean": lambda y, seed: teacher.posterior_mean(y)}
+def methods(students, teacher, steps, device):
+    """Input, posterior mean, teacher at each K of steps, the students, and the teacher's picture through the VAE."""
+    first, last = next(iter(students.values())), max(steps)
+
+    def row(model, color_fix="none"):
+        return lambda face: restore(lambda y: model(y, face.seed), first.image_size, [face.y], color_fix, device)[0]
+
+    rows = {"input": lambda face: face.y, "posterior mean": row(lambda y, _: teacher.posterior_mean(y))}
     for k in steps:
-        rows[f"teacher, {k} step{'s' * (k > 1)}"] = lambda y, seed, k=k: teacher.restore(y, steps=k, seed=seed)
+        rows[f"teacher, {k} step{'s' * (k > 1)}"] = row(lambda y, seed, k=k: teacher.restore(y, steps=k, seed=seed))
     for name, student in students.items():
-        rows[f"student {name}"] = lambda y, seed, student=student: wavelet_color_fix(student(y), y)
-    vae, k = next(iter(students.values())).vae, max(steps)
-    rows[CEILING] = lambda y, seed: decode(vae, encode(vae, teacher.restore(y, steps=k, seed=seed)))
+        rows[f"student {name}"] = student_row(student, "wavelet", device)
+    rows[CEILING] = row(lambda y, s: decode(first.vae, encode(first.vae, teacher.restore(y, steps=last, seed=s))))
     return rows
 
 
-def quality(data, checkpoints, out, *, steps, levels, ranges, seed, limit, metrics, device):
-    """Writes quality.csv (a line a face and method) and quality.md (means with 95 % intervals over the faces) to `out`.
+def student_row(student, color_fix, device):
+    """The one step and a colour correction of restore.py."""
+    return lambda face: restore(student, student.image_size, [face.y], color_fix, device)[0]
 
-    data: folder of clean faces; levels: names for evaluation.faces; metrics: names in evaluation.metrics. Returns the number of
-    faces that could not be read. ValueError if there is none left, or an optional package is missing.
+
+def read_rows(folders):
+    """Pictures that some other program restored; the faces come from `given`."""
+    return {f"restored {folder}": lambda face, f=folder: pictures.read_image(face.files[f]) for folder in folders}
+
+
+# --- faces x rows -> numbers ------------------------------------------------------------------------------------------
+
+
+class Measures:
+    """What is measured: `metrics` (names in evaluation.metrics) and the identity network's, if one is given.
+
+    reference: folder for the measures of sets; None: the originals. ValueError if an optional package is missing.
     """
-    for package, names in (("torch_fidelity", SETS), ("pyiqa", NO_REFERENCE)):
-        if asked := sorted(set(names) & set(metrics)):
-            optional(package, ", ".join(asked))  # before the work, not after it
+
+    def __init__(self, metrics, device, reference=None, identity=None):
+        self.sets, self.reference, self.device = [m for m in SETS if m in metrics], reference, device
+        if self.sets:
+            optional("torch_fidelity", ", ".join(self.sets), "0.4")  # before the work, not after it
+        self.picture, self.warm = PictureMetrics(metrics, device, identity), set()
+
+    def __call__(self, rows, faces, out):
+        """rows: {name: function of a Face}; out: folder for temporary files.
+
+        Returns ([{"method", "face", measures ..., "ms"}, ...], {method: measures of its set}).
+        """
+        lines = []
+        with tempfile.TemporaryDirectory(prefix=".pictures_", dir=out) as scratch:
+            for i, face in enumerate(faces):
+                for row, method in rows.items():
+                    if row not in self.warm:
+                        timed(method, face, self.device)  # the first call is slower
+                        self.warm.add(row)
+                    x_hat, ms = timed(method, face, self.device)
+                    lines.append({"method": row, "face": face.name, **self.picture(x_hat, face.x), "ms": round(ms, 3)})
+                    self.keep(scratch, row, i, x_hat)
+                if self.reference is None:
+                    self.keep(scratch, "original", i, face.x)
+            reference = self.reference or folder_of(scratch, "original")
+            return lines, {row: self.of_set(folder_of(scratch, row), reference, scratch) for row in rows}
+
+    def note(self):
+        """What the measures of sets compare with, for a table's heading."""
+        return f"; {', '.join(self.sets)} against {self.reference or 'these originals'}" if self.sets else ""
+
+    def keep(self, scratch, row, i, x):
+        """Saves a picture for the measures of sets."""
+        if self.sets:
+            pictures.write_image(pictures.make_folder(folder_of(scratch, row)) / f"{i:05d}.png", x)
+
+    def of_set(self, folder, reference, scratch):
+        return set_metrics(folder, reference, self.sets, self.device, scratch) if self.sets else {}
+
+
+def folder_of(scratch, row):
+    return Path(scratch) / row.replace("/", "_")
+
+
+@torch.inference_mode()
+def timed(method, face, device):
+    """x_hat (3, H, W) as a file would hold it, 8 bits a channel, and the milliseconds that the method took."""
+    synchronize(device)
+    start = time.perf_counter()
+    x_hat = method(face)
+    synchronize(device)
+    return pictures.to_uint8(x_hat).float() / 255, (time.perf_counter() - start) * 1000
+
+
+# --- the tables -------------------------------------------------------------------------------------------------------
+
+
+def quality(data, checkpoints, out, *, steps, levels, ranges, seed, limit, measures, device):
+    """Clean faces of a folder, degraded here: quality.csv (a line a face and method) and quality.md (means with 95 %
+    intervals over the faces) in the folder `out`, a table a level.
+
+    measures: Measures; the other arguments as in evaluation.faces. Returns the number of faces that could not be read.
+    """
     found, failed = find_faces(data, limit)
     students, teacher = load_models(checkpoints, device)
-    rows, measure = methods(students, teacher, steps), PictureMetrics(metrics, device)
-    size, lines, tables = next(iter(students.values())).image_size, [], []
+    rows, size = methods(students, teacher, steps, device), next(iter(students.values())).image_size
+    title = f", {len(found)} faces at {size} px"
+    faces = {level: degraded(found, size, level, ranges, seed) for level in levels}
+    write_tables(rows, faces, {level: heading(level, ranges, seed) + title for level in levels}, out, measures)
+    return failed
+
+
+def quality_of_given(lq, hq, restored, checkpoints, out, *, steps, seed, limit, measures, device):
+    """Given pictures instead: `lq` degraded, `hq` their originals or None, `restored` folders of another program's results.
+
+    Writes the same files as `quality`, without teacher and student if there are no checkpoints. Returns the number of
+    pictures that could not be read or have no partner.
+    """
+    pairs, failed = find_pairs(lq, [folder for folder in (hq, *restored) if folder], limit)
+    models = load_models(checkpoints, device) if checkpoints else None
+    rows = (methods(*models, steps, device) if models else {"input": lambda face: face.y}) | read_rows(restored)
+    title = f"{lq}, {len(pairs)} pictures" + (f", originals in {hq}" if hq else "") + f", seed {seed}" * bool(models)
+    write_tables(rows, {"given": given(pairs, lq, hq, seed)}, {"given": title}, out, measures)
+    return failed
+
+
+def write_tables(rows, faces, titles, out, measures):
+    """A table for each level of faces {level: iterable}, under its title, and all lines in one CSV file."""
     pictures.make_folder(out)
-    for level in levels:
-        with tempfile.TemporaryDirectory(prefix=".pictures_", dir=out) as folder:  # of this run and level alone
-            folder, done = Path(folder), []
-            for i, (name, own, x, y) in enumerate(faces(found, size, level, ranges, seed)):
-                if not (lines or done):
-                    for method in rows.values():
-                        apply_method(method, y, own, device)  # warm-up: the first call is slower
-                for row, method in rows.items():
-                    x_hat, ms = apply_method(method, y, own, device)
-                    values = measure(x_hat, x[None].to(device))
-                    done.append({"level": level, "method": row, "face": name, **values, "ms": ms})
-                    keep_for_sets(folder, row, i, x_hat[0], metrics)
-                keep_for_sets(folder, "original", i, x, metrics)
-            sets = {row: measure_sets(folder, row, metrics, device) for row in rows}
-        title = f"## {heading(level, ranges, seed)}, {len(found)} faces at {size} px\n\n"
-        tables.append(title + quality_table(done, sets, metrics))
+    lines, tables = [], []
+    for level in faces:
+        done, sets = measures(rows, faces[level], out)
+        tables.append(f"## {titles[level]}{measures.note()}\n\n{quality_table(done, sets)}")
         say(tables[-1])
-        lines += done
+        lines += [{"level": level, **line} for line in done]
         write_csv(out / "quality.csv", lines)
         write_text(out / "quality.md", "\n".join(tables))
-    return failed
 
 
 def heading(level, ranges, seed):
@@ -85,27 +176,13 @@ def heading(level, ranges, seed):
     return (f"drawn from {ranges}" if level == "default" else f"level {level}") + f", seed {seed}"
 
 
-def quality_table(lines, sets, wanted):
+def quality_table(lines, sets):
     """Markdown: a row a method, mean [low, high] of what is measured a face, the value of what is measured a set."""
-    picture = [m for m in (*PAIRED, *NO_REFERENCE) if m in wanted]
-    header = ["", *(TITLES[m] for m in (*picture, *next(iter(sets.values())))), TITLES["ms"]]
+    measured = [m for m in lines[0] if m in TITLES and m != "ms"]
+    header = ["", *(TITLES[m] for m in (*measured, *next(iter(sets.values())), "ms"))]
     table = []
     for method, values in sets.items():
         own = [line for line in lines if line["method"] == method]
-        cells = [interval([line[m] for line in own], m) for m in picture]
-        cells += [f"{v:.4f}" for v in values.values()]
+        cells = [interval([line[m] for line in own], m) for m in measured] + [f"{v:.4f}" for v in values.values()]
         table.append([method, *cells, f"{statistics.median(line['ms'] for line in own):.0f}"])
     return markdown(header, table)
-
-
-def keep_for_sets(folder, row, i, x, wanted):
-    """Saves a picture where a measure of whole folders (FID, KID, precision) will want it."""
-    if set(SETS) & set(wanted):
-        target = folder / row.replace("/", "_") / f"{i:05d}.png"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        pictures.write_image(target, x)
-
-
-def measure_sets(folder, row, wanted, device):
-    sets = [m for m in SETS if m in wanted]
-    return set_metrics(folder / row.replace("/", "_"), folder / "original", sets, device) if sets else {}

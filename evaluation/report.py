@@ -6,9 +6,9 @@ Used by `python evaluate.py report`.
 import base64
 import html
 
-from evaluation.faces import apply_method, faces, find_faces
+from evaluation.faces import degraded, find_faces
 from evaluation.metrics import PictureMetrics
-from evaluation.quality import CEILING, heading, load_models, methods
+from evaluation.quality import CEILING, heading, load_models, methods, timed
 from evaluation.tables import write_text
 from plumbing import pictures
 from plumbing.commands import say
@@ -32,16 +32,19 @@ def report(data, checkpoints, out, *, level, ranges, seed, limit, device):
     found, failed = find_faces(data, limit)
     pictures.make_folder(out.parent)
     students, teacher = load_models(checkpoints, device)
-    columns, measure = methods(students, teacher, [teacher.steps]), PictureMetrics(("psnr", "ssim", "lpips"), device)
+    columns, measure = (
+        methods(students, teacher, [teacher.steps], device),
+        PictureMetrics(("psnr", "ssim", "lpips"), device),
+    )
     columns.pop(CEILING)
     size, rows = next(iter(students.values())).image_size, []
-    for name, own, x, y in faces(found, size, level, ranges, seed):
+    for face in degraded(found, size, level, ranges, seed):
         cells = []
         for method in columns.values():
-            x_hat, _ = apply_method(method, y, own, device)
-            v = measure(x_hat, x[None].to(device))
-            cells.append(cell(x_hat[0], f"PSNR {v['psnr']:.2f}<br>SSIM {v['ssim']:.3f}<br>LPIPS {v['lpips']:.3f}"))
-        rows.append("<tr>" + "".join([*cells, cell(x, html.escape(name))]) + "</tr>")
+            x_hat, _ = timed(method, face, device)
+            v = measure(x_hat, face.x)
+            cells.append(cell(x_hat, f"PSNR {v['psnr']:.2f}<br>SSIM {v['ssim']:.3f}<br>LPIPS {v['lpips']:.3f}"))
+        rows.append("<tr>" + "".join([*cells, cell(face.x, html.escape(face.name))]) + "</tr>")
     header = "".join(f"<th>{html.escape(c)}</th>" for c in [*columns, "original"])
     caption = html.escape(f"Degradation {heading(level, ranges, seed)}; {size} px.")
     page = PAGE.format(width=max(192, size // 2), caption=caption, header=header, rows="\n".join(rows))
