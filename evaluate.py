@@ -23,7 +23,7 @@ from plumbing import commands
 from plumbing.commands import real, whole
 
 LEVELS = ("default", "light", "medium", "heavy")
-RANGES = ("difface", "gfpgan", "codeformer", "codeformer-large")
+RANGES = ("difface", "gfpgan", "codeformer", "codeformer-large", "realesrgan")
 METRICS = ("psnr", "ssim", "mse", "lpips", "lpips-vgg", "fid", "kid", "precision", "musiq", "niqe")
 PAIRED, SETS = METRICS[:5], METRICS[5:8]  # need an original; compare two folders
 SEED = whole(0, 2**62 - 1)  # a face's own seed is this one plus its index
