@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from adapter import SemanticAdapter
 from nets.visual_encoder import VisualEncoder
-from plumbing.devices import constant
+from plumbing.devices import constant, dtype_of
 from plumbing.presets import load_config, newest_checkpoint
 from plumbing.published import load_lora, load_schedule, load_unet, load_vae, load_vit, loading
 
@@ -34,12 +34,12 @@ from plumbing.published import load_lora, load_schedule, load_unet, load_vae, lo
 
 def encode(vae, x):
     """z = s E(2x - 1), the mean of the encoder's posterior: x (B, 3, H, W) in [0, 1] -> (B, C, H/8, W/8). Deterministic."""
-    return vae.config.scaling_factor * vae.encode((2 * x - 1).to(vae.dtype)).latent_dist.mode().float()
+    return vae.config.scaling_factor * vae.encode((2 * x - 1).to(dtype_of(vae))).latent_dist.mode().float()
 
 
 def decode(vae, z):
     """x = D(z / s), mapped from [-1, 1] to [0, 1] and not clipped: (B, C, h, w) -> (B, 3, 8h, 8w). With gradient."""
-    return (vae.decode((z / vae.config.scaling_factor).to(vae.dtype)).sample.float() + 1) / 2
+    return (vae.decode((z / vae.config.scaling_factor).to(dtype_of(vae))).sample.float() + 1) / 2
 
 
 # --- Sec. 3.3.1, what the frozen backbones see --------------------------------------------------------------------------
@@ -50,7 +50,7 @@ def vit_tokens(vit, y):
     c = vit.pretrained_cfg
     y = F.interpolate(y, size=vit.patch_embed.img_size, mode="bicubic", antialias=True, align_corners=False)
     mean, std = (constant(tuple(c[k]), y.device)[:, None, None] for k in ("mean", "std"))
-    return vit.forward_features(((y - mean) / std).to(vit.pos_embed.dtype))
+    return vit.forward_features(((y - mean) / std).to(dtype_of(vit)))
 
 
 # --- Eq. 5, the one step ------------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def peaks(device, dtype):
 def table(student, teacher, size, device, dtype, batches, steps, repeats, one_step=False, compiled=False):
     """(header, rows, notes) of all that is measured; student and teacher stand on `device` with weights in `dtype`.
 
-    batches: pictures at once, of each a block of rows; the parts and the pipeline with the first alone. compiled: by torch.compile,
+    batches: pictures at once, of each a block of rows; the parts and the pipeline with the first alone. compiled: torch.compile
     too (minutes). On a GPU also each row as a CUDA graph, which shows what launching its kernels one by one costs.
     """
     peak, rows, first = peaks(device, dtype), [], {}
@@ -228,8 +228,8 @@ def working_memory(run, device):
 def random_models(config, device):
     """Student and teacher in the published sizes with random weights, made on the device, float32.
 
-    config: load_config("paper"). The VAE, UNet and schedule are SD v1.5's, the teacher is PMRF's; LCM-LoRA and Stage B's LoRA are
-    merged into the weights when a student is loaded, so they cost nothing.
+    config: load_config("paper"). The VAE, UNet and schedule are SD v1.5's, the teacher is PMRF's. LCM-LoRA and Stage B's LoRA
+    are merged into the weights when a student is loaded, so they cost nothing.
     """
     with torch.device(device):
         vae = AutoencoderKL(

@@ -54,15 +54,20 @@ def has_amx():
 
 
 def prepare(network, device, precision):
-    """A frozen network, ready to compute: on the device, its weights in `precision`, those of convolutions with channels last.
+    """A frozen network, ready to compute: on the device, weights in `precision`, those of convolutions with channels last.
 
-    Buffers keep their precision: HDiT's frequencies of time are among them. What a network gets and gives is cast where it is called.
+    Buffers keep their precision: HDiT's frequencies of time are among them. Who calls a network casts what goes in and out.
     """
     network = network.to(device, memory_format=torch.channels_last)
     if precision == "bf16":
         for p in network.parameters():
             p.data = p.data.to(torch.bfloat16)
     return network.requires_grad_(False)
+
+
+def dtype_of(network):
+    """The precision of its weights, in which a network takes its input."""
+    return next(network.parameters()).dtype
 
 
 @cache
