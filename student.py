@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from adapter import SemanticAdapter
 from nets.visual_encoder import VisualEncoder
+from plumbing.devices import constant, dtype_of
 from plumbing.presets import load_config, newest_checkpoint
 from plumbing.published import load_lora, load_schedule, load_unet, load_vae, load_vit, loading
 
@@ -33,12 +34,12 @@ from plumbing.published import load_lora, load_schedule, load_unet, load_vae, lo
 
 def encode(vae, x):
     """z = s E(2x - 1), the mean of the encoder's posterior: x (B, 3, H, W) in [0, 1] -> (B, C, H/8, W/8). Deterministic."""
-    return vae.config.scaling_factor * vae.encode(2 * x - 1).latent_dist.mode().float()
+    return vae.config.scaling_factor * vae.encode((2 * x - 1).to(dtype_of(vae))).latent_dist.mode().float()
 
 
 def decode(vae, z):
     """x = D(z / s), mapped from [-1, 1] to [0, 1] and not clipped: (B, C, h, w) -> (B, 3, 8h, 8w). With gradient."""
-    return (vae.decode(z / vae.config.scaling_factor).sample.float() + 1) / 2
+    return (vae.decode((z / vae.config.scaling_factor).to(dtype_of(vae))).sample.float() + 1) / 2
 
 
 # --- Sec. 3.3.1, what the frozen backbones see --------------------------------------------------------------------------
@@ -48,8 +49,8 @@ def vit_tokens(vit, y):
     """All tokens after the last norm, without projection: y (B, 3, H, W) in [0, 1] -> (B, 1 + N, D), the class token first."""
     c = vit.pretrained_cfg
     y = F.interpolate(y, size=vit.patch_embed.img_size, mode="bicubic", antialias=True, align_corners=False)
-    mean, std = (torch.tensor(c[k], device=y.device, dtype=y.dtype)[:, None, None] for k in ("mean", "std"))
-    return vit.forward_features((y - mean) / std)
+    mean, std = (constant(tuple(c[k]), y.device)[:, None, None] for k in ("mean", "std"))
+    return vit.forward_features(((y - mean) / std).to(dtype_of(vit)))
 
 
 # --- Eq. 5, the one step ------------------------------------------------------------------------------------------------
@@ -152,9 +153,10 @@ class Student(nn.Module):
         alpha_bar, (c_skip, c_out) = self.alphas_bar[tau], boundary_scalings(tau)
         c = self.context(y)
         z_tau = enter(z_y, alpha_bar, self.config.get("entry", "clean"))  # checkpoints that name none are "clean"
-        down, mid = self.spatial_encoder(z_tau, tau, c, controlnet_cond=y, return_dict=False)
+        z, y, t = z_tau.to(c.dtype), y.to(c.dtype), torch.full((), tau, device=y.device)  # no GPU is waited for
+        down, mid = self.spatial_encoder(z, t, c, controlnet_cond=y, return_dict=False)
         residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-        eps = self.unet(z_tau, tau, encoder_hidden_states=c, **residuals).sample
+        eps = self.unet(z, t, encoder_hidden_states=c, **residuals).sample
         x_0 = x0_from_eps(z_tau, eps.float(), alpha_bar)
         return c_skip * z_tau + c_out * x_0
 
