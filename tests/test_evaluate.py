@@ -51,8 +51,10 @@ def keep_models(monkeypatch):
     """The student in tiny/ and LPIPS are loaded once for all tests; errors begin with the script's name."""
     load, load_lpips = Student.load, metrics.load_lpips
 
-    def cached(name):
-        return STUDENTS.setdefault("tiny", STUDENTS.get("tiny") or load("tiny")) if name == "tiny" else load(name)
+    def cached(name, merge):
+        if name != "tiny":
+            return load(name, merge)
+        return STUDENTS.setdefault("tiny", STUDENTS.get("tiny") or load("tiny", merge))
 
     monkeypatch.setattr(Student, "load", cached)
     monkeypatch.setattr(
