@@ -45,7 +45,7 @@ def carry(suffix, rng):
     what, junk = rng.choice(CARRIERS[suffix]), rng.bytes(int(rng.integers(1, 3000)))
     text = PngImagePlugin.PngInfo()
     text.add_text("comment", junk.decode("latin-1") * 1000, zip=True)
-    info = {"exif": {"exif": b"Exif\0\0" + rng.choice([b"II*\0\x08\0\0\0", b"MM\0*\0\0\0\x08"]) + junk},
+    info = {"exif": {"exif": b"Exif\0\0" + (b"II*\0\x08\0\0\0", b"MM\0*\0\0\0\x08")[len(junk) % 2] + junk},
             "icc": {"icc_profile": junk}, "text": {"pnginfo": text}}[what]  # fmt: skip
     return file_of(picture(), READ[suffix], **info)
 
