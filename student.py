@@ -211,8 +211,7 @@ class Student(nn.Module):
         return student.requires_grad_(False)
 
     def load_trained(self, folder, merge=False):
-        """Takes the trained parts of a checkpoint's folder into this student. OSError if a file is missing or cut."""
-        folder = Path(folder)
+        """Takes the trained parts of a checkpoint's folder, a Path. OSError if a file is missing or cut."""
         with loading("student's weights", str(folder), "a checkpoint's safetensors files"):
             self.visual_encoder.load_state_dict(load_file(folder / "visual_encoder.safetensors"))
             self.adapter.load_state_dict(load_file(folder / "adapter.safetensors"))
