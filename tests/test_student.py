@@ -187,7 +187,7 @@ def test_sec4_what_each_stage_trains(small_config):
 
 
 def test_published_sizes():
-    """The README's table of parameters; the visual encoder's keys are checked in test_visual_encoder.py."""
+    """The table of parameters in docs/choices.md; the visual encoder's keys are checked in test_visual_encoder.py."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**SD_UNET)
         spatial = ControlNetModel.from_unet(unet, load_weights_from_unet=False)
