@@ -3,8 +3,8 @@
     y -> square of S px -> x_hat = S_theta(y), one network evaluation (Eq. 5) -> colour correction -> the input's shape
 
 The network works at the checkpoint's size S on faces that are aligned like FFHQ. A picture of another size is resized so that
-its long side is S, never squashed, and mirrored at its borders up to a square. The result has the input's size; of a picture
-smaller than S, its shape with a long side of S. What a result larger than S shows is S px of detail, enlarged.
+its long side is S, never squashed, and mirrored at its borders up to a square. The result has the input's size. A picture
+smaller than S gets a long side of S instead. A result larger than S is enlarged: it holds S px of detail.
 
 Usage: python restore.py face.png                        writes face_restored.png beside it
        python restore.py folder -o out --compare         keeps the folder's structure
@@ -34,8 +34,8 @@ def parse_args(argv=None):
     add("--steps", type=whole(), help="teacher only: Euler steps K (default 25)")
     add("--seed", type=whole(0), help="teacher only: seed of its noise (default 0)")
     add("--batch", type=whole(), default=1, metavar="N",
-        help="pictures a pass on a GPU, where the last bit may depend on N (default 1); a CPU takes one at a time, "
-             "which costs it about a third more, so that the bytes never depend on N")  # fmt: skip
+        help="pictures a pass on a GPU (default 1); the last bit may depend on N. A CPU takes one at a time, so its "
+             "bytes never depend on N")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default auto: a GPU if there is one")
     add("--compare", action="store_true", help="write input | restored side by side too, as *_compare.png")
     add("--metadata", choices=("basic", "gps", "none"), default="basic",
