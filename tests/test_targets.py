@@ -59,7 +59,7 @@ def test_plan_never_lets_two_pictures_or_an_input_be_overwritten(tmp_path):
     assert [p.name for p, _ in pairs] == ["a.jpg"] and "a.png" in errors[0]
     pairs, errors = plan([tmp_path / "b.png", tmp_path / "b_restored.png"])
     assert [p.name for p, _ in pairs] == ["b_restored.png"] and "b.png" in errors[0]
-    pairs, errors = plan([tmp_path / "c.png", tmp_path / "c_compare.png"])
+    pairs, errors = plan([tmp_path / "c.png", tmp_path / "c_compare.png"], compare=True)
     assert [p.name for p, _ in pairs] == ["c_compare.png"] and "c.png" in errors[0]
     pairs, errors = plan([tmp_path / "a.png"], tmp_path / "a.png")
     assert not pairs and "a.png" in errors[0]
