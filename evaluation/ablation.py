@@ -55,18 +55,18 @@ def ablation(data, cache, out, *, steps, seeds, batch, precision, ranges, limit,
     found, failed = find_faces(data, limit)
     make_folder(out)
     meta, lines, sets = read_meta(cache), [], {}
-    note = f"{2 * steps} steps of batch {batch} ({precision}) a row on {meta['count']} samples; seeds {seeds}; "
-    note += (
-        f"{len(found)} faces, drawn from {ranges}, seed 0{measures.note()}. Mean over seeds (lowest to highest). The "
+    note = (
+        f"{2 * steps} steps of batch {batch} ({precision}) a row on {meta['count']} samples; seeds {seeds}; "
+        f"{len(found)} faces, drawn from {ranges}, seed 0{measures.note()}. Mean over seeds (lowest to highest). "
+        "The differences are paired by face and seed, with the 95 % interval of drawing faces and seeds with replacement.\n\n"
     )
-    note += "differences are paired by face and seed, with the 95 % interval of drawing faces and seeds with replacement.\n\n"
     fixes = {"full": "wavelet", "w/o colour correction": "none"}  # measured on the same students
     own = f"entry: {load_config(meta['preset'])['entry']}"  # the full model's, so no row of its own
     for row in [row for row in ABLATION if row != own]:
         for seed in seeds:
             folder = out / "".join(c if c.isalnum() else "_" for c in row) / f"seed_{seed}"
             common = ["--batch", batch, "--precision", precision, "--seed", seed]
-            student = Student.load(train_row(folder, row, steps, cache, common)).to(device)
+            student = Student.load(train_row(folder, row, steps, cache, common), merge=True).to(device)
             methods = {
                 name: student_row(student, fix, device)
                 for name, fix in (fixes.items() if row == "full" else [(row, "wavelet")])
