@@ -61,7 +61,7 @@ def student_row(student, color_fix, device):
 
 def read_rows(folders):
     """Pictures that some other program restored; the faces come from `given`."""
-    return {f"restored {folder}": lambda face, f=folder: pictures.read_image(face.files[f]) for folder in folders}
+    return {f"restored {f}": lambda face, k=k: pictures.read_image(face.restored[k]) for k, f in enumerate(folders)}
 
 
 # --- what is compared on what: rows, [(level, title, number of faces, faces), ...], number of pictures left out ----------
@@ -84,7 +84,7 @@ def given_faces(lq, hq, restored, checkpoints, *, steps, seed, limit, device):
 
     Without checkpoints there is no teacher and no student.
     """
-    pairs, failed = find_pairs(lq, [folder for folder in (hq, *restored) if folder], limit)
+    pairs, failed = find_pairs(lq, hq, restored, limit)
     models = load_models(checkpoints, device) if checkpoints else None
     rows = (methods(*models, steps, device) if models else {"input": lambda face: face.y}) | read_rows(restored)
     title = f"{lq}, {len(pairs)} pictures" + f", originals in {hq}" * bool(hq) + f", seed {seed}" * bool(models)

@@ -389,7 +389,14 @@ def test_pictures_without_a_partner_are_named_and_left_out(given, capsys):
     assert "1 pictures" in (given / "out" / "quality.md").read_text()
     pictures.write_image(given / "lq" / "y.png", torch.rand(3, 32, 40))
     with pytest.raises(ValueError, match="one picture y in .*y.png and .*y.webp"):
-        faces.find_pairs(given / "lq", [])
+        faces.find_pairs(given / "lq")
+
+
+def test_results_beside_their_inputs_are_measured_as_results(tmp_path):
+    for name in ("x.png", "x_restored.png", "x_compare.png"):
+        pictures.write_image(tmp_path / name, torch.rand(3, 32, 40))
+    ((_, name, paths),), failed = faces.find_pairs(tmp_path, restored=[tmp_path])
+    assert (name, [p.name for p in paths], failed) == ("x.png", ["x.png", "x_restored.png"], 0)
 
 
 def test_without_originals_only_what_needs_none_is_measured(given, monkeypatch):
