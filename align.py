@@ -13,8 +13,6 @@ Usage: python align.py PHOTOS -o FACES                    FACES/photo_0.png ... 
 """
 
 import argparse
-import csv
-import io
 import math
 import sys
 from pathlib import Path
@@ -27,7 +25,9 @@ def parse_args(argv=None):
     p.add_argument("photos", nargs="+", metavar="PHOTO_OR_FOLDER", help="photos, or folders searched recursively")
     p.add_argument("-o", "--out", type=Path, required=True, metavar="FACES", help="folder for faces and manifest.csv")
     p.add_argument("--size", type=commands.whole(16, 2048), default=512, help="side of a face, pixels (default 512)")
-    p.add_argument("--landmarks", type=Path, metavar="CSV", help="read the landmarks from a file, instead of finding them")
+    p.add_argument(
+        "--landmarks", type=Path, metavar="CSV", help="read the landmarks from a file, do not look for faces"
+    )
     return p.parse_args(argv)
 
 
@@ -36,15 +36,16 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
+from torchvision.transforms.functional import gaussian_blur
 
-from plumbing.landmarks import COLUMNS, find_landmarks, load_detector, read_landmarks
-from plumbing.pictures import find_images, make_folder, read_image, resize, write_bytes, write_image
+from plumbing.landmarks import COLUMNS, find_landmarks, load_detector, read_landmarks, write_manifest
+from plumbing.pictures import make_folder, read_image, resize, write_image
+from plumbing.targets import plan_faces
 
 UNSTEADY = 0.25  # spread of landmarks that are not to be trusted, as of a profile
 TOO_SMALL = 48  # px, side of a square whose face a network would have to invent
 
-
-# --- the square -------------------------------------------------------------------------------------------------------
+# --- the square of a face -------------------------------------------------------------------------------------------------
 
 
 def rot90(v):
@@ -63,127 +64,180 @@ def square(points):
 
 
 def side(square):
-    """The side of a square (2, 2), in the photo's pixels."""
+    """The side of a square (2, 2), pixels of the photo."""
     return 2 * float(square[1].norm())
 
 
-def middles(n):
-    """a or b at the middles of n pixels along a side: (n,) in (-1, 1)."""
-    return (2 * torch.arange(n) + 1) / n - 1
+def box(square):
+    """The upright box around a square (2, 2): left, top, right, bottom (4,), which may lie outside the photo."""
+    c, x = square
+    reach = x.abs() + rot90(x).abs()
+    return torch.cat([c - reach, c + reach])
 
 
-def to_photo(square, n):
-    """p(a, b) at the middles of n x n pixels: (n, n, 2)."""
-    c, x = square.float()
-    return c + middles(n)[:, None] * x + middles(n)[:, None, None] * rot90(x)
-
-
-# --- photo -> face ----------------------------------------------------------------------------------------------------
+# --- photo -> face --------------------------------------------------------------------------------------------------------
 
 
 def crop(photo, square, size):
-    """The face in a square (2, 2) of a photo (3, H, W): (3, size, size). What lies outside the photo is mirrored.
+    """The face in a square (2, 2) of a photo (3, H, W): (3, size, size). What lies outside the photo is mirrored and softened.
 
-    Bicubic, turned as the square is; where the photo is finer than the crop, at a whole multiple of size that is no
-    coarser than the photo, and then reduced with antialiasing.
+    Bicubic, turned like the square, no coarser than the photo and at a multiple of size; then reduced with antialiasing.
     """
     H, W = photo.shape[1:]
     n = size * max(1, math.ceil(side(square) / size))
-    p = 2 * to_photo(square, n) / torch.tensor([W, H]) - 1
+    p = 2 * positions(square, n) / torch.tensor([W, H]) - 1  # grid_sample's coordinates: -1 and 1 are the photo's edges
     face = F.grid_sample(photo[None], p[None], mode="bicubic", padding_mode="reflection", align_corners=False)
-    return resize(face[0].clamp_(0, 1), (size, size))
+    return soften(resize(face[0].clamp_(0, 1), (size, size)), outside(photo, square, size))
+
+
+def positions(square, n):
+    """p(a, b) of the middles of n x n pixels: (n, n, 2) float32, row by row."""
+    (c, x), a = square.float(), (2 * torch.arange(n) + 1) / n - 1
+    return c + a[:, None] * x + a[:, None, None] * rot90(x)
 
 
 def outside(photo, square, n=256):
-    """How far each pixel of an n x n crop lies outside the photo, in sides of the square, negative inside: (n, n)."""
+    """How far the pixels of an n x n crop lie outside the photo, in sides of the square, negative inside: (n, n)."""
     H, W = photo.shape[1:]
-    p = to_photo(square, n)
+    p = positions(square, n)
     return torch.maximum(-p, p - torch.tensor([W, H])).amax(-1) / side(square)
 
 
 def soften(face, d):
-    """FFHQ's border: what is mirrored would else be learnt as a face's own. face (3, S, S), d (S, S) from `outside`.
+    """FFHQ's border, so that mirrored pixels do not pass for a face's own: face (3, S, S), d (S, S) of `outside`; same shape.
 
-    A blur of 0.02 sides sets in 0.1 sides before the photo's border and is full there; from there to 0.3 sides beyond it
-    the colour fades to the median. A crop that does not leave the photo stays as it is.
+    A blur of 0.02 sides sets in 0.1 sides before the photo's edge and is full there; from there to 0.3 sides beyond it the
+    colour fades to the median. A face that lies inside the photo stays as it is.
     """
     if d.max() <= 0:
         return face
-    face = face.lerp(gaussian_blur(face, 0.02 * face.shape[-1]), (1 + 10 * d).clamp(0, 1))
+    sigma = 0.02 * face.shape[-1]
+    face = face.lerp(gaussian_blur(face, 2 * math.ceil(3 * sigma) + 1, sigma), (1 + 10 * d).clamp(0, 1))
     return face.lerp(face.flatten(1).median(1).values[:, None, None], (d / 0.3).clamp(0, 1))
 
 
-def gaussian_blur(x, sigma):
-    """x (3, H, W) with a Gaussian of sigma pixels, borders mirrored; same shape."""
-    r = math.ceil(3 * sigma)
-    k = torch.exp(-(torch.arange(-r, r + 1) ** 2) / (2 * sigma**2))
-    x = F.conv2d(F.pad(x[:, None], (r, r, r, r), mode="reflect"), (k / k.sum()).view(1, 1, 1, -1))
-    return F.conv2d(x, (k / k.sum()).view(1, 1, -1, 1))[:, 0]
-
-
-# --- face -> photo ----------------------------------------------------------------------------------------------------
+# --- face -> photo --------------------------------------------------------------------------------------------------------
 
 
 def mask(a, b):
-    """How much of a pixel comes from the restored face: 1 in the middle, 0 from the square's edge on; shape of a, b.
+    """How much of a pixel is restored: 1 around the middle, 0 from the square's edge on; (h, w), as a and b.
 
-    A smooth step over the outer 0.35 of a rounded square, far from the face itself.
+    A smooth step over the outer 0.35 of a rounded square, outside the face itself.
     """
     t = ((1 - (a**4 + b**4) ** 0.25) / 0.35).clamp(0, 1)
     return t**2 * (3 - 2 * t)
 
 
 def patch(photo, square, face, restored):
-    """What a restored face changes in the photo: its rows and columns (slices), the mask (h, w), the pixels (3, h, w).
+    """What a restored face changes: rows and columns of the photo (slices), their mask (h, w) and new pixels (3, h, w).
 
-    face, restored: (3, S, S), the crop before and after the network. The photo gets their difference, so it keeps the
-    detail that S pixels cannot hold, and a network that changes nothing changes no pixel. The difference is added in the
-    values that the network works in: there is no light to mix, and linear light would move the mask's border by less than
-    a grey level.
+    face, restored: (3, S, S), before and after the network. Their difference is added to the photo, so that it keeps what
+    S pixels cannot hold, and a network that changes nothing changes no pixel. It is added in the values that the network
+    works in: the mask only scales it, and no two lights are mixed.
     """
-    (c, x), (H, W), S = square.float(), photo.shape[1:], face.shape[-1]
-    reach = x.abs() + rot90(x).abs()  # half of the box around the square
-    left, top = (int(v) for v in (c - reach).floor().clamp(min=0))
-    right, bottom = (int(v) for v in (c + reach).ceil().minimum(torch.tensor([W, H])))
-    columns, rows = torch.arange(left, right) + 0.5, torch.arange(top, bottom) + 0.5
-    p = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), -1)  # (h, w, 2)
-    ab = torch.stack([(p - c) @ x, (p - c) @ rot90(x)], -1) / x.dot(x)
-    n = min(S, math.ceil(side(square)))  # antialiasing, where the photo is coarser than the face
+    (c, x), (H, W) = square.float(), photo.shape[1:]
+    left, top, right, bottom = (int(v) for v in torch.cat([box(square)[:2].floor(), box(square)[2:].ceil()]))
+    rows, columns = slice(max(0, top), max(0, min(H, bottom))), slice(max(0, left), max(0, min(W, right)))
+    p = torch.meshgrid(torch.arange(W)[columns] + 0.5, torch.arange(H)[rows] + 0.5, indexing="xy")
+    p = torch.stack(p, -1) - c  # (h, w, 2)
+    ab = torch.stack([p @ x, p @ rot90(x)], -1) / x.dot(x)
+    n = min(face.shape[-1], math.ceil(side(square)))  # antialiasing, where the photo is coarser than the face
     change = resize(restored, (n, n)) - resize(face, (n, n))
     change = F.grid_sample(change[None], ab[None], mode="bicubic", padding_mode="border", align_corners=False)[0]
-    rows, columns = slice(top, bottom), slice(left, right)
     return rows, columns, mask(*ab.unbind(-1)), (photo[:, rows, columns] + change).clamp_(0, 1)
 
 
 def restore_photo(photo, squares, restore, size, upscale=1):
-    """A photo (3, H, W) with the faces in its squares restored, one over the other where they meet: (3, NH, NW).
+    """A photo (3, H, W) with the faces in its squares restored, the last one on top: (3, upscale H, upscale W).
 
-    restore: list of N crops (3, size, size) -> list of N, both in [0, 1]; upscale: the whole number N by which the photo is
-    enlarged, bicubically. Pixels outside all masks are those of the (enlarged) photo, bit for bit.
+    restore: list of N faces (3, size, size) -> list of N; upscale: a whole number, by which the photo is enlarged
+    bicubically. Outside the masks the pixels are those of the (enlarged) photo, bit for bit.
     """
-    faces = [face_in(photo, square, size) for square in squares]
+    faces = [crop(photo, square, size) for square in squares]
+    restored = restore(faces)
     out = resize(photo, tuple(upscale * n for n in photo.shape[1:])) if upscale > 1 else photo.clone()
-    patches = [
-        patch(out, upscale * square, *pair) for square, *pair in zip(squares, faces, restore(faces), strict=True)
-    ]
+    patches = [patch(out, upscale * each[0], *each[1:]) for each in zip(squares, faces, restored, strict=True)]
     for rows, columns, m, pixels in patches:
         out[:, rows, columns].lerp_(pixels, m)
     return out
 
 
-# --- which faces ------------------------------------------------------------------------------------------------------
+# --- which faces ----------------------------------------------------------------------------------------------------------
 
 
-def faces_of(path, photo, landmarks=None):
-    """The squares of a photo's faces, the largest first, with their landmarks and spread: list of (square, points, spread).
+def faces_of(path, photo, landmarks=None, smallest=0):
+    """A photo's faces, the largest first: list of (points, spread). Says how many it leaves out.
 
-    landmarks: from read_landmarks, by path or by file name; without them they are found. Unsteady ones are left out.
+    landmarks: from read_landmarks, where the photo stands under its path or its file name; None: they are looked for.
+    smallest: px, the side of the smallest square.
     """
+    faces = find_landmarks(photo) if landmarks is None else landmarks.get(str(path), landmarks.get(path.name, []))
+    steady = [face for face in faces if face[1] < UNSTEADY]
+    large = [face for face in steady if side(square(face[0])) >= smallest]
+    if unsteady := len(faces) - len(steady):
+        commands.say(f"{path}: faces left out, as readings of their landmarks differ (a profile?): {unsteady}")
+    if small := len(steady) - len(large):
+        commands.say(f"{path}: faces left out, as they are smaller than {smallest} px: {small}")
+    return large
+
+
+def is_aligned(photo):
+    """Whether a picture (3, H, W) may be an aligned crop: not wide or tall, nor, as far as a detector sees, a face elsewhere."""
+    H, W = photo.shape[1:]
+    L = max(H, W)
+    if L > 1.3 * min(H, W):
+        return False
+    try:
+        faces = find_landmarks(photo, long_side=240, scales=(1,))
+    except ValueError:  # no detector
+        return True
+    whole = torch.tensor([[W / 2, H / 2], [L / 2, 0]])
+    return not faces or float((square(faces[0][0]) - whole).norm(dim=1).sum()) < 0.2 * L
+
+
+# --- the command ----------------------------------------------------------------------------------------------------------
+
+
+def cut_photos(args):
+    """Cuts the faces out of the photos that the arguments name; returns 0, or 1 if some photos failed or show no face."""
+    landmarks = read_landmarks(args.landmarks) if args.landmarks else None
     if landmarks is None:
-        found = find_landmarks(photo)
-    else:
-        found = landmarks.get(str(path), landmarks.get(path.name, []))
-    return [(square(points), points, spread) for points, spread in found]
+        load_detector()  # if it is missing, this is said once
+    names, errors = plan_faces(args.photos, make_folder(args.out))
+    rows, failed = [], sum(map(commands.complain, errors))
+    for path, name in names.items():
+        try:
+            with commands.enough_memory(path, "make it smaller"):
+                rows += cut(path, name, args.size, landmarks)
+        except (ValueError, OSError) as e:
+            failed += commands.complain(e)
+    if rows:
+        write_manifest(args.out / "manifest.csv", rows)
+    return 1 if failed else 0
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
+def cut(path, name, size, landmarks):
+    """Writes the faces of one photo to name_0.png, name_1.png ... and returns their rows of the manifest.
+
+    ValueError if it shows no face.
+    """
+    photo, rows = read_image(path), []
+    for i, (points, spread) in enumerate(faces_of(path, photo, landmarks)):
+        face, this = name.with_name(f"{name.name}_{i}.png"), square(points)
+        write_image(face, crop(photo, this, size))
+        numbers = dict(zip(("left", "top", "right", "bottom", *COLUMNS), [*box(this), *points.flatten()], strict=True))
+        share = (outside(photo, this) > 0).float().mean()
+        numbers |= {"spread": spread, "scale": size / side(this), "outside": share}
+        rows.append({"photo": str(path), "face": str(face)} | {key: f"{value:.4f}" for key, value in numbers.items()})
+        commands.say(f"{path} -> {face}")
+    if not rows:
+        raise ValueError(f"expected a face, found none in {path}: leave it out, or give its landmarks with --landmarks")
+    return rows
+
+
+def main(args):
+    return commands.run(cut_photos, args, memory="make the photos smaller", fault=2)
+
+
+if __name__ == "__main__":
+    sys.exit(main(ARGS))

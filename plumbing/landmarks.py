@@ -17,24 +17,25 @@ import math
 import numpy as np
 import torch
 
-from plumbing.pictures import read_file, resize, to_uint8
+from plumbing.pictures import read_file, resize, to_uint8, write_bytes
 
 # without its dependencies, which would bring back old versions of torch and numpy
 MISSING = "expected facenet-pytorch to find faces, got none: pip install --no-deps facenet-pytorch==2.6.0"
 LONG_SIDE = 1280  # px, to which a photo is reduced; so a face's cost does not depend on the camera
 SCALES = (1, 0.75)  # of that, the two sizes at which it is read
 SMALLEST = 20  # px, the detector's box of the smallest face at those sizes
-MIRRORED = [1, 0, 2, 4, 3]  # the landmark that each one is in a mirror
+MIRRORED = [1, 0, 2, 4, 3]  # what each one is in a mirror
 COLUMNS = [f"{name}_{axis}" for name in ("left_eye", "right_eye", "nose", "left_mouth", "right_mouth") for axis in "xy"]
 
 
-def find_landmarks(photo, scales=SCALES):
+def find_landmarks(photo, long_side=LONG_SIDE, scales=SCALES):
     """The faces of a photo (3, H, W), float32 in [0, 1]: a list of (points, spread), the largest face first.
 
     Each size is read plain and mirrored. A face is what at least half of the readings see; its points are their median,
     its spread is the largest distance of a reading's point from them. ValueError if facenet-pytorch is not installed.
     """
-    readings = [points for scale in scales for points in _read(photo, scale)]
+    long_side = min(long_side, max(photo.shape[1:]))
+    readings = [points for scale in scales for points in _read(photo, scale * long_side)]
     faces = [_median(same) for same in _groups(readings) if len(same) >= len(scales)]
     return sorted(faces, key=lambda face: -eye_distance(face[0]))
 
@@ -44,11 +45,10 @@ def eye_distance(points):
     return float((points[1] - points[0]).norm())
 
 
-def _read(photo, scale):
+def _read(photo, long_side):
     """What the detector sees in the photo, at one size, and in its mirror image: list of (5, 2) in the photo's pixels."""
     H, W = photo.shape[1:]
-    scale *= min(1, LONG_SIDE / max(H, W))
-    h, w = round(scale * H), round(scale * W)
+    h, w = round(long_side * H / max(H, W)), round(long_side * W / max(H, W))
     if min(h, w) < SMALLEST:
         return []
     small = resize(photo, (h, w))
@@ -60,12 +60,13 @@ def _read(photo, scale):
 
 def _detect(x):
     pixels = to_uint8(x).permute(1, 2, 0).cpu().numpy()  # (H, W, 3)
-    _, _, found = _mtcnn().detect(pixels, landmarks=True)
+    _, _, found = load_detector().detect(pixels, landmarks=True)
     return [] if found is None else list(torch.from_numpy(np.asarray(found, dtype=np.float64)))
 
 
 @functools.cache
-def _mtcnn():
+def load_detector():
+    """MTCNN of facenet-pytorch; ValueError if that is not installed."""
     try:
         from facenet_pytorch import MTCNN
     except ImportError as e:
@@ -85,6 +86,7 @@ def _groups(readings):
 def _median(same):
     same = torch.stack(same)  # (readings, 5, 2)
     points = same.quantile(0.5, dim=0)  # of an even number the middle of the middle two, as torch.median is not
+    points = points.round(decimals=2)  # as in a file, so that landmarks from a file give the same pixels
     return points, float((same - points).norm(dim=-1).max()) / eye_distance(points)
 
 
@@ -95,12 +97,14 @@ def read_landmarks(path):
     align.py's manifest.csv is such a file. OSError if there is no such file, ValueError if it says something else.
     """
     try:
-        rows = csv.DictReader(io.StringIO(read_file(path).decode("utf-8-sig")))
+        rows = csv.DictReader(io.StringIO(read_file(path).decode("utf-8-sig", "surrogateescape")))
         missing = sorted({"photo", *COLUMNS} - set(rows.fieldnames or ()))
-    except (UnicodeDecodeError, csv.Error) as e:
-        raise ValueError(f"expected a CSV file in UTF-8, got {path} ({e}): write it anew") from e
+    except csv.Error as e:
+        raise ValueError(f"expected a CSV file, got {path} ({e}): write it anew") from e
     if missing:
-        raise ValueError(f"expected columns photo and {COLUMNS[0]} ... {COLUMNS[-1]} in {path}, got no {missing[0]}: add it")
+        raise ValueError(
+            f"expected columns photo and {COLUMNS[0]} ... {COLUMNS[-1]} in {path}, got no {missing[0]}: add it"
+        )
     faces = {}
     for row in rows:
         faces.setdefault(row["photo"], []).append((_row_points(row, f"{path}, line {rows.line_num}"), 0.0))
@@ -111,7 +115,18 @@ def _row_points(row, where):
     try:
         points = torch.tensor([float(row[name]) for name in COLUMNS], dtype=torch.float64).view(5, 2)
     except (TypeError, ValueError) as e:
-        raise ValueError(f"expected ten numbers {COLUMNS[0]} ... {COLUMNS[-1]}, got something else in {where}: mend it") from e
+        raise ValueError(
+            f"expected ten numbers {COLUMNS[0]} ... {COLUMNS[-1]}, got something else in {where}: mend it"
+        ) from e
     if not math.isfinite(float(points.abs().max())) or eye_distance(points) == 0:
         raise ValueError(f"expected two different eyes at finite places, got others in {where}: mend it")
     return points
+
+
+def write_manifest(path, rows):
+    """Writes a CSV file of one row a face, whole or not at all. rows: dicts with one set of keys, which name the columns."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_bytes(path, text.getvalue().encode("utf-8", "surrogateescape"))
