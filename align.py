@@ -182,7 +182,7 @@ def faces_of(path, photo, landmarks=None, smallest=0):
 
 
 def is_aligned(photo):
-    """Whether a picture (3, H, W) may be an aligned crop: not wide or tall, nor, as far as a detector sees, a face elsewhere."""
+    """Whether a picture (3, H, W) may be an aligned crop: not wide or tall, and no face elsewhere (if there is a detector)."""
     H, W = photo.shape[1:]
     L = max(H, W)
     if L > 1.3 * min(H, W):

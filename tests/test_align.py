@@ -142,7 +142,7 @@ def test_outside_the_mask_the_photo_stays_bit_for_bit(upscale):
 @pytest.mark.parametrize("size, scale, degrees", [(64, 0.3, 20), (512, 0.3, -70), (150, 0.3, 180), (100, 0.12, 10)])
 def test_a_restored_face_lands_where_it_was_cut(size, scale, degrees):
     """The faces of another photo as what the network made: where the mask is full, the result is that photo."""
-    photo, other = smooth_photo(detail=25), smooth_photo(seed=1, detail=25)
+    photo, other = smooth_photo(detail=30), smooth_photo(seed=1, detail=30)
     s = square(points(scale, degrees, (180.0, 140.0)))
     result = restore_photo(photo, [s], lambda faces: [crop(other, s, size)], size)
     rows, columns, m, _ = patch(photo, s, crop(photo, s, size), crop(other, s, size))
