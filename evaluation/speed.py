@@ -13,8 +13,9 @@ import timm
 import torch
 from diffusers import AutoencoderKL, LCMScheduler, UNet2DConditionModel
 
+from plumbing.published import HDIT, SWINIR
 from student import Student, decode, encode
-from teacher import HDIT, PMRF, SWINIR, HDiT, SwinIR
+from teacher import PMRF, HDiT, SwinIR
 
 
 def whole_table(student, teacher, y, steps, repeats, one_step=False):

@@ -15,9 +15,9 @@ import student
 import teacher
 import train
 from nets.autoencoder import PCAAutoencoder
-from plumbing.checkpoints import steps_in
 from plumbing.pictures import read_image, square, to_uint8
-from student import load_config
+from plumbing.presets import load_config
+from plumbing.runs import steps_in
 from tiny import pretrain
 from tiny.axes import half_whitened, in_pixels, learn_in_axes
 from tiny.pool import VIEWS, Pool, make_pair
