@@ -38,8 +38,9 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.functional import gaussian_blur
 
-from plumbing.landmarks import COLUMNS, find_landmarks, load_detector, read_landmarks, write_manifest
-from plumbing.pictures import make_folder, read_image, resize, write_image
+from plumbing.files import make_folder
+from plumbing.landmarks import COLUMNS, face_finder, find_landmarks, write_manifest
+from plumbing.pictures import read_image, resize, write_image
 from plumbing.targets import plan_faces
 
 UNSTEADY = 0.25  # spread of landmarks that are not to be trusted, as of a profile
@@ -133,7 +134,7 @@ def patch(photo, square, face, restored):
 
     face, restored: (3, S, S), before and after the network. Their difference is added to the photo, so that it keeps what
     S pixels cannot hold, and a network that changes nothing changes no pixel. It is added in the values that the network
-    works in: the mask only scales it, and no two lights are mixed.
+    works in; in linear light the mask's border would differ by 0.05 grey levels (mean of two degraded portraits).
     """
     (c, x), (H, W) = square.float(), photo.shape[1:]
     left, top, right, bottom = (int(v) for v in torch.cat([box(square)[:2].floor(), box(square)[2:].ceil()]))
@@ -165,13 +166,12 @@ def restore_photo(photo, squares, restore, size, upscale=1):
 # --- which faces ----------------------------------------------------------------------------------------------------------
 
 
-def faces_of(path, photo, landmarks=None, smallest=0):
-    """A photo's faces, the largest first: list of (points, spread). Says how many it leaves out.
+def faces_of(path, photo, find, smallest=0):
+    """A photo's faces, the largest first: list of (points, spread). Says how many are left out.
 
-    landmarks: from read_landmarks, where the photo stands under its path or its file name; None: they are looked for.
-    smallest: px, the side of the smallest square.
+    find: from face_finder; smallest: px, the side of the smallest square.
     """
-    faces = find_landmarks(photo) if landmarks is None else landmarks.get(str(path), landmarks.get(path.name, []))
+    faces = find(path, photo)
     steady = [face for face in faces if face[1] < UNSTEADY]
     large = [face for face in steady if side(square(face[0])) >= smallest]
     if unsteady := len(faces) - len(steady):
@@ -200,15 +200,13 @@ def is_aligned(photo):
 
 def cut_photos(args):
     """Cuts the faces out of the photos that the arguments name; returns 0, or 1 if some photos failed or show no face."""
-    landmarks = read_landmarks(args.landmarks) if args.landmarks else None
-    if landmarks is None:
-        load_detector()  # if it is missing, this is said once
+    find = face_finder(args.landmarks)
     names, errors = plan_faces(args.photos, make_folder(args.out))
     rows, failed = [], sum(map(commands.complain, errors))
     for path, name in names.items():
         try:
             with commands.enough_memory(path, "make it smaller"):
-                rows += cut(path, name, args.size, landmarks)
+                rows += cut(path, name, args.size, find)
         except (ValueError, OSError) as e:
             failed += commands.complain(e)
     if rows:
@@ -216,13 +214,13 @@ def cut_photos(args):
     return 1 if failed else 0
 
 
-def cut(path, name, size, landmarks):
+def cut(path, name, size, find):
     """Writes the faces of one photo to name_0.png, name_1.png ... and returns their rows of the manifest.
 
     ValueError if it shows no face.
     """
     photo, rows = read_image(path), []
-    for i, (points, spread) in enumerate(faces_of(path, photo, landmarks)):
+    for i, (points, spread) in enumerate(faces_of(path, photo, find)):
         face, this = name.with_name(f"{name.name}_{i}.png"), square(points)
         write_image(face, crop(photo, this, size))
         numbers = dict(zip(("left", "top", "right", "bottom", *COLUMNS), [*box(this), *points.flatten()], strict=True))

@@ -8,6 +8,7 @@ smaller than S, its shape with a long side of S. What a result larger than S sho
 
 Usage: python restore.py face.png                        writes face_restored.png beside it
        python restore.py folder -o out --compare         keeps the folder's structure
+       python restore.py photo.jpg --photo               restores every face in a photo, see align.py
 """
 
 import argparse
@@ -41,7 +42,17 @@ def parse_args(argv=None):
     add("--metadata", choices=("basic", "gps", "none"), default="basic",
         help="EXIF data that results keep: date, camera, author, text (default basic); gps: the place, too")  # fmt: skip
     add("--overwrite", action="store_true", help="replace pictures in the way, too, that this program did not make")
+    add("--photo", action="store_true", help="whole photos: find the faces, restore them and put them back (align.py)")
+    add(
+        "--upscale",
+        type=whole(1, 8),
+        metavar="N",
+        help="with --photo: enlarge the photo N times, bicubically (default 1)",
+    )
+    add("--landmarks", type=Path, metavar="CSV", help="with --photo: the faces' landmarks, do not look for faces")
     args = p.parse_args(argv)
+    if not args.photo and (args.upscale, args.landmarks) != (None, None):
+        p.error("--upscale and --landmarks belong to --photo: add it, or leave them out")
     if args.method != "teacher" and (args.steps, args.seed) != (None, None):
         p.error(f"--steps and --seed belong to --method teacher, got --method {args.method}: leave them out")
     return args
@@ -55,8 +66,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from align import TOO_SMALL, faces_of, is_aligned, restore_photo, square
 from plumbing.devices import choose_device
 from plumbing.files import make_folder
+from plumbing.landmarks import face_finder
 from plumbing.pictures import is_gray, read_picture, resize, write_result
 from plumbing.presets import load_config, locate
 from plumbing.targets import compare_name, plan
@@ -183,6 +196,16 @@ def restore_files(args):
     model, size = load_model(args.checkpoint, args.method, device, args.steps or 25, args.seed or 0)
     color_fix = args.color_fix or ("wavelet" if args.method == "student" else "none")
     batch = 1 if device.type == "cpu" else args.batch  # the kernels for 1 and for N pictures round differently
+    if args.photo:
+        find, upscale = face_finder(args.landmarks), args.upscale or 1
+
+        def network(faces):
+            some = (faces[start : start + batch] for start in range(0, len(faces), batch))
+            return [x_hat for xs in some for x_hat in restore(model, size, xs, color_fix, device)]
+
+        for path, target in pairs:
+            failed += restore_whole(path, target, find, network, size, upscale, args.metadata, args.compare)
+        return 1 if failed else 0
     for start in range(0, len(pairs), batch):
         some = read_batch(pairs[start : start + batch], args.metadata)
         failed += min(batch, len(pairs) - start) - restore_batch(some, model, size, color_fix, device, args.compare)
@@ -217,10 +240,37 @@ def restore_batch(batch, model, size, color_fix, device, compare):
             commands.complain(e)
             continue
         (H, W), (h, w) = picture.x.shape[1:], x_hat.shape[1:]
-        detail = f"; {size} px of detail, enlarged to {w} x {h}" if max(H, W) > size else ""
-        commands.say(f"{path} {W}x{H} -> {target} {w}x{h}, {ms:.0f} ms{detail}")
+        hint = f"; {size} px of detail, enlarged to {w} x {h}" if max(H, W) > size else ""
+        hint += (
+            ""
+            if is_aligned(picture.x)
+            else "; no aligned crop of a face, it seems: --photo restores the faces in a photo"
+        )
+        commands.say(f"{path} {W}x{H} -> {target} {w}x{h}, {ms:.0f} ms{hint}")
         done += 1
     return done
+
+
+def restore_whole(path, target, find, network, size, upscale, metadata, compare):
+    """Restores the faces in one photo and writes it. Returns 1 if that failed, or there is none: then the photo is copied.
+
+    find: from face_finder; network: list of faces (3, size, size) -> list of the same.
+    """
+    begin = time.perf_counter()
+    try:
+        with commands.enough_memory(path, "make it smaller, or leave out --upscale"):
+            picture = read_picture(path, metadata)
+            squares = [square(points) for points, _ in faces_of(path, picture.x, find, TOO_SMALL)]
+            x_hat = restore_photo(picture.x, squares, network, size, upscale)
+            write(picture, x_hat, target, compare)
+    except (ValueError, OSError) as e:
+        return commands.complain(e)
+    if not squares:
+        return commands.complain(f"expected a face to restore, found none in {path}: {target} is a copy")
+    sizes = [f"{x.shape[2]}x{x.shape[1]}" for x in (picture.x, x_hat)]
+    ms = (time.perf_counter() - begin) * 1000
+    commands.say(f"{path} {sizes[0]} -> {target} {sizes[1]}, faces: {len(squares)}, {ms:.0f} ms")
+    return 0
 
 
 def write(picture, x_hat, target, compare):

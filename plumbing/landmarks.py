@@ -17,7 +17,8 @@ import math
 import numpy as np
 import torch
 
-from plumbing.pictures import read_file, resize, to_uint8, write_bytes
+from plumbing.files import read_file, write_bytes
+from plumbing.pictures import resize, to_uint8
 
 # without its dependencies, which would bring back old versions of torch and numpy
 MISSING = "expected facenet-pytorch to find faces, got none: pip install --no-deps facenet-pytorch==2.6.0"
@@ -26,6 +27,19 @@ SCALES = (1, 0.75)  # of that, the two sizes at which it is read
 SMALLEST = 20  # px, the detector's box of the smallest face at those sizes
 MIRRORED = [1, 0, 2, 4, 3]  # what each one is in a mirror
 COLUMNS = [f"{name}_{axis}" for name in ("left_eye", "right_eye", "nose", "left_mouth", "right_mouth") for axis in "xy"]
+
+
+def face_finder(path=None):
+    """A function (path, photo) -> list of (points, spread), the largest face first.
+
+    Of a CSV file at `path` it gives a photo's faces under its path, or else under its file name; without one it looks for
+    faces. Raises what read_landmarks or load_detector raises.
+    """
+    if path is None:
+        load_detector()
+        return lambda _, photo: find_landmarks(photo)
+    table = read_landmarks(path)
+    return lambda path, _: table.get(str(path), table.get(path.name, []))
 
 
 def find_landmarks(photo, long_side=LONG_SIDE, scales=SCALES):

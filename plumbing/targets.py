@@ -120,7 +120,7 @@ def plan_faces(photos, out):
             raise ValueError(f"expected a folder for faces alone, got -o {out}, which holds {path}: name another")
     owners = {}
     for path, name in list(names.items()):
-        owner = owners.setdefault(str(name).casefold(), path)  # names that differ in case only are one on some systems
+        owner = owners.setdefault(same_name(name), path)
         if owner != path:
             errors.append(f"expected different names, got {owner} and {path} for {names.pop(path)}_0.png: rename one")
     return names, errors
