@@ -107,8 +107,8 @@ def outside(photo, square, n=256):
 def soften(face, d):
     """FFHQ's border, so that mirrored pixels do not pass for a face's own: face (3, S, S), d (S, S) of `outside`; same shape.
 
-    A blur of 0.02 sides sets in 0.1 sides before the photo's edge and is full there; from there to 0.3 sides beyond it the
-    colour fades to the median. A face that lies inside the photo stays as it is.
+    A blur of 0.02 sides sets in 0.1 sides before the photo's edge and is full there; up to 0.3 sides beyond it the colour
+    fades to the median. A face inside the photo stays as it is.
     """
     if d.max() <= 0:
         return face
@@ -121,10 +121,7 @@ def soften(face, d):
 
 
 def mask(a, b):
-    """How much of a pixel is restored: 1 around the middle, 0 from the square's edge on; (h, w), as a and b.
-
-    A smooth step over the outer 0.35 of a rounded square, outside the face itself.
-    """
+    """How much of a pixel is restored, (h, w) as a, b: 1 on the face, a smooth step over the outer 0.35 of a rounded square."""
     t = ((1 - (a**4 + b**4) ** 0.25) / 0.35).clamp(0, 1)
     return t**2 * (3 - 2 * t)
 
@@ -148,22 +145,19 @@ def patch(photo, square, face, restored):
     return rows, columns, mask(*ab.unbind(-1)), (photo[:, rows, columns] + change).clamp_(0, 1)
 
 
-def restore_photo(photo, squares, restore, size, upscale=1):
+def restore_photo(photo, squares, restore, size, upscale=1, batch=1):
     """A photo (3, H, W) with the faces in its squares restored, the last one on top: (3, upscale H, upscale W).
 
-    restore: list of N faces (3, size, size) -> list of N; upscale: a whole number, by which the photo is enlarged
-    bicubically. Outside the masks the pixels are those of the (enlarged) photo, bit for bit.
+    restore: list of faces (3, size, size), `batch` at most -> list of the same; upscale: a whole number, by which the photo
+    is enlarged bicubically. Outside the masks the pixels are those of the (enlarged) photo, bit for bit.
     """
     faces = [crop(photo, square, size) for square in squares]
-    restored = restore(faces)
+    restored = [face for i in range(0, len(faces), batch) for face in restore(faces[i : i + batch])]
     out = resize(photo, tuple(upscale * n for n in photo.shape[1:])) if upscale > 1 else photo.clone()
     patches = [patch(out, upscale * each[0], *each[1:]) for each in zip(squares, faces, restored, strict=True)]
     for rows, columns, m, pixels in patches:
         out[:, rows, columns].lerp_(pixels, m)
     return out
-
-
-# --- which faces ----------------------------------------------------------------------------------------------------------
 
 
 def faces_of(path, photo, find, smallest=0):
@@ -183,8 +177,7 @@ def faces_of(path, photo, find, smallest=0):
 
 def is_aligned(photo):
     """Whether a picture (3, H, W) may be an aligned crop: not wide or tall, and no face elsewhere (if there is a detector)."""
-    H, W = photo.shape[1:]
-    L = max(H, W)
+    H, W, L = *photo.shape[1:], max(photo.shape[1:])
     if L > 1.3 * min(H, W):
         return False
     try:
@@ -215,17 +208,13 @@ def cut_photos(args):
 
 
 def cut(path, name, size, find):
-    """Writes the faces of one photo to name_0.png, name_1.png ... and returns their rows of the manifest.
-
-    ValueError if it shows no face.
-    """
+    """Writes a photo's faces to name_0.png, name_1.png ...; their rows of the manifest. ValueError without a face."""
     photo, rows = read_image(path), []
     for i, (points, spread) in enumerate(faces_of(path, photo, find)):
         face, this = name.with_name(f"{name.name}_{i}.png"), square(points)
         write_image(face, crop(photo, this, size))
         numbers = dict(zip(("left", "top", "right", "bottom", *COLUMNS), [*box(this), *points.flatten()], strict=True))
-        share = (outside(photo, this) > 0).float().mean()
-        numbers |= {"spread": spread, "scale": size / side(this), "outside": share}
+        numbers |= {"spread": spread, "scale": size / side(this), "outside": (outside(photo, this) > 0).float().mean()}
         rows.append({"photo": str(path), "face": str(face)} | {key: f"{value:.4f}" for key, value in numbers.items()})
         commands.say(f"{path} -> {face}")
     if not rows:

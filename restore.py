@@ -14,6 +14,7 @@ Usage: python restore.py face.png                        writes face_restored.pn
 import argparse
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from plumbing import commands
@@ -174,8 +175,7 @@ def load_model(checkpoint="tiny", method="student", device="cpu", steps=25, seed
 def restore(model, size, xs, color_fix="wavelet", device="cpu"):
     """Restores pictures of any sizes in one batch.
 
-    model, size: from load_model; xs: list of (3, H, W) in [0, 1]. Returns a list of (3, H', W') in [0, 1], see from_square. Of
-    a gray picture the result is gray.
+    model, size: from load_model; xs: list of (3, H, W) in [0, 1]. Returns as many, see from_square; of gray ones gray ones.
     """
     y = torch.stack([to_square(x, size) for x in xs]).to(device)  # (B, 3, S, S)
     x_hat = COLOR_FIXES[color_fix](model(y), y).clamp(0, 1).cpu()
@@ -196,19 +196,15 @@ def restore_files(args):
     model, size = load_model(args.checkpoint, args.method, device, args.steps or 25, args.seed or 0)
     color_fix = args.color_fix or ("wavelet" if args.method == "student" else "none")
     batch = 1 if device.type == "cpu" else args.batch  # the kernels for 1 and for N pictures round differently
+    network = partial(restore, model, size, color_fix=color_fix, device=device)
     if args.photo:
-        find, upscale = face_finder(args.landmarks), args.upscale or 1
-
-        def network(faces):
-            some = (faces[start : start + batch] for start in range(0, len(faces), batch))
-            return [x_hat for xs in some for x_hat in restore(model, size, xs, color_fix, device)]
-
-        for path, target in pairs:
-            failed += restore_whole(path, target, find, network, size, upscale, args.metadata, args.compare)
-        return 1 if failed else 0
-    for start in range(0, len(pairs), batch):
-        some = read_batch(pairs[start : start + batch], args.metadata)
-        failed += min(batch, len(pairs) - start) - restore_batch(some, model, size, color_fix, device, args.compare)
+        find = face_finder(args.landmarks)
+        in_place = partial(restore_photo, restore=network, size=size, upscale=args.upscale or 1, batch=batch)
+        failed += sum(restore_faces(*pair, find, in_place, args.metadata, args.compare) for pair in pairs)
+    else:
+        for start in range(0, len(pairs), batch):
+            some = read_batch(pairs[start : start + batch], args.metadata)
+            failed += min(batch, len(pairs) - start) - restore_batch(some, network, size, args.compare)
     return 1 if failed else 0
 
 
@@ -223,12 +219,12 @@ def read_batch(pairs, metadata):
     return readable
 
 
-def restore_batch(batch, model, size, color_fix, device, compare):
+def restore_batch(batch, network, size, compare):
     """Restores and writes a batch of (path, target, Picture); names what fails on stderr, and returns how many are done."""
     begin, done = time.perf_counter(), 0
     try:
         with commands.enough_memory(", ".join(str(path) for path, *_ in batch), "use smaller pictures or --batch 1"):
-            x_hats = restore(model, size, [picture.x for *_, picture in batch], color_fix, device) if batch else []
+            x_hats = network([picture.x for *_, picture in batch]) if batch else []
     except ValueError as e:
         commands.complain(e)
         return 0
@@ -251,25 +247,20 @@ def restore_batch(batch, model, size, color_fix, device, compare):
     return done
 
 
-def restore_whole(path, target, find, network, size, upscale, metadata, compare):
-    """Restores the faces in one photo and writes it. Returns 1 if that failed, or there is none: then the photo is copied.
-
-    find: from face_finder; network: list of faces (3, size, size) -> list of the same.
-    """
+def restore_faces(path, target, find, in_place, metadata, compare):
+    """Restores a photo's faces, which `find` finds, `in_place`. Returns 1 if that failed; a photo without a face is copied."""
     begin = time.perf_counter()
     try:
         with commands.enough_memory(path, "make it smaller, or leave out --upscale"):
             picture = read_picture(path, metadata)
             squares = [square(points) for points, _ in faces_of(path, picture.x, find, TOO_SMALL)]
-            x_hat = restore_photo(picture.x, squares, network, size, upscale)
+            x_hat = in_place(picture.x, squares)
             write(picture, x_hat, target, compare)
     except (ValueError, OSError) as e:
         return commands.complain(e)
     if not squares:
         return commands.complain(f"expected a face to restore, found none in {path}: {target} is a copy")
-    sizes = [f"{x.shape[2]}x{x.shape[1]}" for x in (picture.x, x_hat)]
-    ms = (time.perf_counter() - begin) * 1000
-    commands.say(f"{path} {sizes[0]} -> {target} {sizes[1]}, faces: {len(squares)}, {ms:.0f} ms")
+    commands.say(f"{path} -> {target}, faces: {len(squares)}, {time.perf_counter() - begin:.1f} s")
     return 0
 
 

@@ -39,7 +39,24 @@ def face_finder(path=None):
         load_detector()
         return lambda _, photo: find_landmarks(photo)
     table = read_landmarks(path)
-    return lambda path, _: table.get(str(path), table.get(path.name, []))
+
+    def from_table(photo_path, photo):
+        faces = table.get(str(photo_path), table.get(photo_path.name, []))
+        for points, _ in faces:
+            check_size(points, photo, f"{photo_path} in {path}")
+        return faces
+
+    return from_table
+
+
+def check_size(points, photo, where):
+    """ValueError unless a face (5, 2) lies in the photo (3, H, W) but for a tenth, and is no larger."""
+    (H, W), L = photo.shape[1:], max(photo.shape[1:])
+    x, y = points.T
+    inside = -0.1 * L < x.min() and x.max() < W + 0.1 * L and -0.1 * L < y.min() and y.max() < H + 0.1 * L
+    if not inside or (points.amax(0) - points.amin(0)).max() > 0.6 * L:
+        got = f"a face at {points[2].tolist()} of {where}"
+        raise ValueError(f"expected landmarks in the pixels of a photo of {W} x {H}, got {got}: scale them")
 
 
 def find_landmarks(photo, long_side=LONG_SIDE, scales=SCALES):

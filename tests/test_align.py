@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import align
+import restore
 from align import crop, outside, patch, restore_photo, rot90, side, soften, square
 from plumbing.landmarks import COLUMNS, MIRRORED, find_landmarks, load_detector, read_landmarks
 from plumbing.pictures import read_image, resize, to_uint8, write_image
@@ -23,11 +24,21 @@ BY_EYE = {
 }
 
 
-def points(scale=1.0, degrees=0.0, shift=(0.0, 0.0)):
-    """The template, turned about its middle, scaled and moved."""
+# where samples/README.md's commands lay the prints in group.jpg: a print's scale, angle and middle
+GROUP = ROOT / "samples/group.jpg"
+PLACES = (("collins", 420 / 512, -8, (299.8, 319.8)), ("hopper", 340 / 512, 13, (737.9, 367.9)))
+
+
+def points(*place):
+    """The template, turned, scaled and moved."""
+    return placed(TEMPLATE, *place)
+
+
+def placed(xy, scale=1.0, degrees=0.0, middle=(0.0, 0.0)):
+    """Points of a picture of 512 px that lies elsewhere, turned by degrees and scaled, (..., 2)."""
     angle = math.radians(degrees)
     turn = torch.tensor([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]], dtype=torch.float64)
-    return (torch.tensor(TEMPLATE, dtype=torch.float64) - 256) @ turn * scale + torch.tensor(shift)
+    return (torch.tensor(xy, dtype=torch.float64) - 256) @ turn * scale + torch.tensor(middle)
 
 
 def smooth_photo(h=300, w=400, seed=0, detail=12):
@@ -166,15 +177,15 @@ def flipped(v, width):
 def test_mirroring_and_turning_the_photo_commute_with_restoring():
     photo, p = smooth_photo(), points(0.3, 20, (150.0, 120.0))
 
-    def restore(photo, p):  # a network that knows no direction
+    def restored(photo, p):  # by a network that knows no direction
         return restore_photo(
             photo, [square(p)], lambda faces: [1 - resize(resize(f, (40, 40)), (64, 64)) for f in faces], 64
         )
 
-    result = restore(photo, p)
-    mirrored = restore(photo.flip(-1), flipped(p, 400)[MIRRORED])
+    result = restored(photo, p)
+    mirrored = restored(photo.flip(-1), flipped(p, 400)[MIRRORED])
     assert levels(mirrored.flip(-1), result) < 0.1
-    turned = restore(photo.rot90(-1, (1, 2)), torch.stack([300 - p[:, 1], p[:, 0]], 1))
+    turned = restored(photo.rot90(-1, (1, 2)), torch.stack([300 - p[:, 1], p[:, 0]], 1))
     assert levels(turned.rot90(1, (1, 2)), result) < 0.1
 
 
@@ -315,37 +326,91 @@ def test_without_the_detector_one_line_names_the_pip_command(photos, tmp_path, c
     assert not align.is_aligned(torch.zeros(3, 100, 140)) and not align.is_aligned(torch.zeros(3, 140, 100))
 
 
+# --- restore.py --photo ---
+
+
+@pytest.fixture
+def restore_command(monkeypatch, tmp_path):
+    """restore.py with a network that gives the negative, and landmarks of samples/group.jpg."""
+    monkeypatch.setattr(restore, "load_model", lambda *_: (lambda y: 1 - y, 64))
+    write_csv(tmp_path / "l.csv", [["group.jpg", *points(*place).flatten().tolist()] for _, *place in PLACES])
+
+    def command(*args):
+        return restore.main(restore.parse_args([*map(str, args), "--color-fix", "none", "--device", "cpu"]))
+
+    return command
+
+
+@pytest.mark.parametrize("upscale", [1, 2])
+def test_restore_photo_restores_the_faces_and_nothing_else(restore_command, tmp_path, capsys, upscale):
+    out = tmp_path / "out.png"
+    options = ["--photo", "--landmarks", tmp_path / "l.csv", *(["--upscale", 2] if upscale == 2 else [])]
+    assert restore_command(GROUP, "-o", out, *options) == 0
+    assert "faces: 2" in capsys.readouterr().out
+    photo, result = read_image(GROUP), read_image(out)
+    photo = to_uint8(resize(photo, (upscale * 640, upscale * 960))) / 255
+    assert result.shape == photo.shape
+    changed = (result != photo).any(0).float()
+    assert changed[:, : 20 * upscale].sum() == 0 and changed[: 40 * upscale].sum() == 0
+    for _, scale, _, (x, y) in PLACES:
+        r = round(0.3 * 512 * scale * upscale)
+        x, y = round(x * upscale), round(y * upscale)
+        inner = slice(y - r, y + r), slice(x - r, x + r)
+        assert (result[:, *inner] - (1 - photo[:, *inner])).abs().mean() < 0.05
+
+
+def test_a_photo_without_a_face_is_copied_and_named(restore_command, tmp_path, capsys):
+    write_image(tmp_path / "none.png", smooth_photo())
+    assert restore_command(tmp_path / "none.png", "--photo", "--landmarks", tmp_path / "l.csv") == 1
+    assert torch.equal(read_image(tmp_path / "none_restored.png"), smooth_photo())
+    error = capsys.readouterr().err
+    assert "none.png" in error and len(error.splitlines()) == 1
+
+
+def test_landmarks_of_another_size_are_refused(restore_command, tmp_path, capsys):
+    write_image(tmp_path / "group.jpg", resize(read_image(GROUP), (160, 240)))
+    out = tmp_path / "out.png"
+    assert restore_command(tmp_path / "group.jpg", "-o", out, "--photo", "--landmarks", tmp_path / "l.csv") == 1
+    assert "240 x 160" in capsys.readouterr().err and not out.exists()
+
+
+def test_a_picture_that_is_no_crop_is_restored_with_a_hint(restore_command, tmp_path, capsys):
+    assert restore_command(GROUP, ROOT / "samples/clean/hopper.png", "-o", tmp_path / "out") == 0
+    wide, crop_ = capsys.readouterr().out.splitlines()
+    assert "--photo" in wide and "--photo" not in crop_
+
+
+def test_upscale_and_landmarks_belong_to_photo(capsys):
+    for options in (["--upscale", "2"], ["--landmarks", "l.csv"]):
+        with pytest.raises(SystemExit, match="2"):
+            restore.parse_args(["x.png", *options])
+        assert "--photo" in capsys.readouterr().err
+
+
 # --- the detector, where it is installed ---
 
 
 @pytest.fixture(scope="module")
 def group():
-    """A photo of 700 x 1000 px with two people, turned by 12 and -20 degrees, and their eyes and mouths read off by eye."""
+    """samples/group.jpg, if facenet-pytorch is installed."""
     pytest.importorskip("facenet_pytorch")
-    photo, found = torch.full((3, 700, 1000), 0.4), []
-    for name, place in (("collins", points(0.8, 12, (320.0, 350.0))), ("hopper", points(0.45, -20, (800.0, 300.0)))):
-        s, face = square(place), read_image(ROOT / f"samples/clean/{name}.png")
-        rows, columns, m, pixels = patch(photo, s, torch.full_like(face, 0.4), face)
-        photo[:, rows, columns].lerp_(pixels, m)
-        a, b = (torch.tensor(BY_EYE[name], dtype=torch.float64) / 256 - 1).T
-        found.append(s[0] + a[:, None] * s[1] + b[:, None] * rot90(s[1]))
-    return photo, found
+    return read_image(GROUP)
 
 
 def test_the_detector_finds_what_an_eye_finds(group):
-    photo, expected = group
-    faces = find_landmarks(photo)
+    faces = find_landmarks(group)
     assert len(faces) == 2
-    for (p, spread), eyes_and_mouth in zip(faces, expected, strict=True):
+    for (p, spread), (name, *place) in zip(faces, PLACES, strict=True):
+        eyes_and_mouth = placed(BY_EYE[name], *place)
         found = torch.stack([p[0], p[1], (p[3] + p[4]) / 2])
         e = (eyes_and_mouth[1] - eyes_and_mouth[0]).norm()
         assert (found - eyes_and_mouth).norm(dim=1).max() < 0.1 * e and spread < align.UNSTEADY
 
 
 def test_the_detector_sees_a_mirrored_photo_mirrored(group):
-    faces, mirrored = find_landmarks(group[0]), find_landmarks(group[0].flip(-1))
+    faces, mirrored = find_landmarks(group), find_landmarks(group.flip(-1))
     for (p, _), (q, _) in zip(faces, mirrored, strict=True):
-        assert (flipped(q, 1000)[MIRRORED] - p).abs().max() < 0.5
+        assert (flipped(q, 960)[MIRRORED] - p).abs().max() < 0.5
 
 
 def test_the_detector_finds_no_face_where_there_is_none():
@@ -356,4 +421,4 @@ def test_the_detector_finds_no_face_where_there_is_none():
 
 def test_is_aligned_knows_a_crop_from_a_photo(group):
     assert all(align.is_aligned(read_image(path)) for path in sorted((ROOT / "samples").rglob("hopper.png")))
-    assert not align.is_aligned(group[0][:, :, :700])
+    assert not align.is_aligned(group[:, :, 320:])
