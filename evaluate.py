@@ -72,6 +72,9 @@ def parse_args(argv=None):
     speed.add_argument("--random-weights", choices=("paper",), help="a preset's sizes with random weights instead")
     speed.add_argument("--size", type=whole(), metavar="S", help="side of the picture, pixels (default: the preset's)")
     speed.add_argument("--repeats", type=whole(), default=5, help="timed runs after one to warm up (default 5)")
+    speed.add_argument("--batch", type=whole(), nargs="+", default=[1], metavar="N", help="pictures at once (default 1)")
+    speed.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="as restore.py's")
+    speed.add_argument("--compile", action="store_true", help="time torch.compile too (minutes)")
     speed.add_argument("--one-step", action="store_true", help="time one Euler step and multiply by K (slow machines)")
     cost.add_argument("run", nargs="+", metavar="RUN", help="folders of train.py")
     cost.add_argument("--power", type=real, default=400, metavar="W", help="of a GPU (default 400, Sec. 4.2's)")
@@ -113,13 +116,15 @@ import torch
 
 from evaluation.ablation import ablation
 from evaluation.cost import cost_table, gpu_hours
-from evaluation.quality import Measures, load_models, quality, quality_of_given
+from evaluation.quality import Measures, quality, quality_of_given
 from evaluation.report import report
-from evaluation.speed import parts_table, random_models, whole_table
+from evaluation.speed import random_models, table
 from evaluation.tables import markdown, write_text
-from plumbing.devices import choose_device
+from plumbing.devices import choose_device, precision_of, prepare
 from plumbing.pictures import make_folder
-from plumbing.presets import load_config
+from plumbing.presets import load_config, locate
+from student import Student
+from teacher import PMRF
 
 
 def work(args):
@@ -153,21 +158,26 @@ def work(args):
 
 
 def speed(args, device):
-    """Prints (and writes, with --out) a table of whole methods and one of the student's parts, all measured in this run."""
+    """Prints (and writes, with --out) the table of times of whole methods and of the student's parts, all measured now."""
     if args.out:
         make_folder(args.out)  # before the work, not after it
+    what = args.random_weights or args.checkpoint
+    config = load_config(what)
     if args.random_weights:
-        student, teacher = random_models(load_config(args.random_weights))
+        student, teacher = random_models(config, device)
     else:
-        students, teacher = load_models([args.checkpoint], device)
-        (student,) = students.values()
-    student, teacher, size = student.to(device), teacher.to(device), args.size or student.image_size
-    y = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
-    what = f"random weights in the sizes of {args.random_weights}" if args.random_weights else args.checkpoint
+        student, teacher = Student.load(what, merge=True), PMRF.from_pretrained(locate(config["teacher"]))
+    precision = precision_of(args.precision, device, sum(p.numel() for p in student.parameters()))
+    student, teacher = (prepare(network, device, precision) for network in (student, teacher))
+    options = dict(one_step=args.one_step, compiled=args.compile)
+    size = args.size or student.image_size
+    header, rows, notes = table(
+        student, teacher, size, device, precision, args.batch, args.steps, args.repeats, **options
+    )
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
-    text = f"{what}; {size} px; {where}; torch {torch.__version__}; median of {args.repeats} runs after a warm-up\n\n"
-    text += markdown(*whole_table(student, teacher, y, args.steps, args.repeats, args.one_step))
-    text += "\n" + markdown(*parts_table(student, y, args.repeats))
+    weights = f"random weights in the sizes of {what}" if args.random_weights else what
+    text = f"{weights}; {size} px; {precision}; {where}; torch {torch.__version__}; median of {args.repeats} runs\n\n"
+    text += markdown(header, rows) + "\n" + "\n".join(notes) + "\n"
     commands.say(text)
     if args.out:
         write_text(args.out / "speed.md", text)

@@ -66,7 +66,7 @@ def ablation(data, cache, out, *, steps, seeds, batch, precision, ranges, limit,
         for seed in seeds:
             folder = out / "".join(c if c.isalnum() else "_" for c in row) / f"seed_{seed}"
             common = ["--batch", batch, "--precision", precision, "--seed", seed]
-            student = Student.load(train_row(folder, row, steps, cache, common)).to(device)
+            student = Student.load(train_row(folder, row, steps, cache, common), merge=True).to(device)
             methods = {
                 name: student_row(student, fix, device)
                 for name, fix in (fixes.items() if row == "full" else [(row, "wavelet")])

@@ -30,7 +30,7 @@ CEILING = "teacher through the VAE"  # the best that a student of this latent sp
 
 def load_models(checkpoints, device):
     """The students by name and the teacher of the first one. ValueError if they do not all work at one picture size."""
-    students = {str(name): Student.load(name).to(device) for name in checkpoints}
+    students = {str(name): Student.load(name, merge=True).to(device) for name in checkpoints}
     sizes = {name: student.image_size for name, student in students.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"expected checkpoints of one picture size, got {sizes}: evaluate them one by one")

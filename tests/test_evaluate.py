@@ -51,8 +51,10 @@ def keep_models(monkeypatch):
     """The student in tiny/ and LPIPS are loaded once for all tests; errors begin with the script's name."""
     load, load_lpips = Student.load, metrics.load_lpips
 
-    def cached(name):
-        return STUDENTS.setdefault("tiny", STUDENTS.get("tiny") or load("tiny")) if name == "tiny" else load(name)
+    def cached(name, merge):
+        if name != "tiny":
+            return load(name, merge)
+        return STUDENTS.setdefault("tiny", STUDENTS.get("tiny") or load("tiny", merge))
 
     monkeypatch.setattr(Student, "load", cached)
     monkeypatch.setattr(
@@ -552,24 +554,26 @@ def test_ablation_difference_is_paired_by_face_and_seed():
 # --- speed and report
 
 
-def test_speed_prints_both_tables_and_the_ratio(tmp_path, capsys):
+def test_speed_prints_times_flops_and_shares(tmp_path, capsys):
     run("speed", "--repeats", 1, "--steps", 2, "--out", tmp_path)
     text = (tmp_path / "speed.md").read_text()
-    ms = {m[0]: [float(v) for v in m[1:]] for m in re.findall(r"^\| ([^|]+) \| ([\d.]+) \| ([\d.]+) \|", text, re.M)}
-    assert text in capsys.readouterr().out and list(ms) == ["student, 1 step", "posterior mean", "teacher, 2 steps"]
-    first = ms["student, 1 step"][0]
-    assert all(ratio == pytest.approx(t / first, abs=0.006) for t, ratio in ms.values())
-    shares = [int(s) for s in re.findall(r"\| (\d+) % \|", text)]
-    assert len(shares) == 6 and abs(sum(shares) - 100) <= 3
+    assert text in capsys.readouterr().out
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]
+    rows = {line[0]: [float(v) for v in line[3:6]] for line in lines}  # TFLOP, ms, times the student
+    assert list(rows)[:3] == ["student, 1 step", "posterior mean", "teacher, 2 steps"]
+    whole, parts = rows["student, 1 step"], [v for name, v in rows.items() if name.startswith("- ")]
+    assert len(parts) == 6 and sum(v[0] for v in parts) == pytest.approx(whole[0], rel=0.02)
+    assert all(v[2] == pytest.approx(v[1] / whole[1], abs=0.02 + 0.1 / whole[1]) for v in rows.values())
+    ratio = rows["teacher, 2 steps"][0] / whole[0]
+    assert f"{ratio:.2f} times its FLOPs" in text and "Peak, TFLOP/s" in text
 
 
-def test_one_step_is_multiplied_and_said_so(monkeypatch):
-    times = iter([10.0, 4.0, 3.0])  # student, posterior mean, one Euler step
-    monkeypatch.setattr(speed, "median_ms", lambda *_: next(times))
-    monkeypatch.setattr(speed, "working_memory", lambda *_: "1")
-    _, rows = speed.whole_table(None, None, torch.zeros(1), [1, 25], 1, one_step=True)
-    assert rows[3][:3] == ["teacher, 1 step (computed)", "7.0", "0.70"]
-    assert rows[4][:3] == ["teacher, 25 steps (computed)", "79.0", "7.90"]
+def test_one_step_is_multiplied_and_said_so():
+    first = {"student, 1 step": 10.0, "posterior mean": 4.0, "one Euler step": 3.0}
+    first = {name: {"ms": ms, "tflop": ms} for name, ms in first.items()}
+    _, one, many = speed.notes({}, first, [1, 25], one_step=True)
+    assert "7 ms, 0.70 times the student's time" in one and "(computed)" in one
+    assert "79 ms, 7.90 times the student's time" in many and "7.5 times" in many
 
 
 def test_median_ms_and_working_memory_measure_what_is_there():
