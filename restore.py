@@ -36,6 +36,8 @@ def parse_args(argv=None):
     add("--batch", type=whole(), default=1, metavar="N",
         help="pictures a pass on a GPU, where the last bit may depend on N (default 1); a CPU takes one at a time, "
              "which costs it about a third more, so that the bytes never depend on N")  # fmt: skip
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+        help="default auto: bf16 on a GPU, and for large networks on a CPU with AMX; else float32")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default auto: a GPU if there is one")
     add("--compare", action="store_true", help="write input | restored side by side too, as *_compare.png")
     args = p.parse_args(argv)
@@ -52,7 +54,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from plumbing.devices import choose_device
+from plumbing.devices import choose_device, prepare
 from plumbing.pictures import make_folder, read_image, resize, write_image
 from plumbing.presets import load_config, locate
 from plumbing.targets import compare_name, plan
@@ -137,17 +139,18 @@ def fit(x, size):
 # --- one pass -------------------------------------------------------------------------------------------------------------
 
 
-def load_model(checkpoint="tiny", method="student", device="cpu", steps=25, seed=0):
+def load_model(checkpoint="tiny", method="student", device="cpu", steps=25, seed=0, precision="auto"):
     """A function (B, 3, S, S) -> (B, 3, S, S), both in about [0, 1], on `device`, and S.
 
     checkpoint: "tiny" or a folder, which names its teacher too; method: "student" (Eq. 5), "teacher" (Eq. 4 in `steps`
-    steps from the noise of `seed`) or "mmse" (Eq. 2). ValueError or OSError if there is no such checkpoint.
+    steps from the noise of `seed`) or "mmse" (Eq. 2); precision: see plumbing/devices.py. ValueError or OSError if there is no
+    such checkpoint.
     """
     if method == "student":
-        student = Student.load(checkpoint, merge=True).to(device)
+        student = prepare(Student.load(checkpoint, merge=True), device, precision)
         return student, student.image_size
     config = load_config(checkpoint)
-    teacher = PMRF.from_pretrained(locate(config["teacher"])).to(device)
+    teacher = prepare(PMRF.from_pretrained(locate(config["teacher"])), device, precision)
     if method == "mmse":
         return teacher.posterior_mean, config["image_size"]
     return lambda y: teacher.restore(y, steps=steps, seed=seed), config["image_size"]
@@ -174,7 +177,7 @@ def restore_files(args):
     failed = sum(map(commands.complain, errors))
     if not pairs:
         return 1
-    model, size = load_model(args.checkpoint, args.method, device, args.steps or 25, args.seed or 0)
+    model, size = load_model(args.checkpoint, args.method, device, args.steps or 25, args.seed or 0, args.precision)
     color_fix = args.color_fix or ("wavelet" if args.method == "student" else "none")
     batch = 1 if device.type == "cpu" else args.batch  # the kernels for 1 and for N pictures round differently
     for start in range(0, len(pairs), batch):
