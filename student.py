@@ -123,13 +123,12 @@ class Student(nn.Module):
 
     @classmethod
     def from_published(cls, config):
-        """The student at the start of Stage A: published weights, fresh encoders, adapter at zero. Raises OSError.
-
-        The spatial encoder copies the plain UNet, ControlNet's recipe; only then LCM-LoRA is merged.
-        """
+        """Stage A's start: published weights, fresh encoders, adapter at zero. Raises OSError."""
         vae, unet, alphas_bar = load_vae(config), load_unet(config), load_schedule(config)
         student = cls(config, vae, unet, load_vit(config["clip"]), load_vit(config["dino"]), alphas_bar)
-        if name := config["lcm_lora"]:
+        if name := config[
+            "lcm_lora"
+        ]:  # merged now that the spatial encoder has copied the plain UNet, ControlNet's recipe
             with loading("LCM-LoRA", name, "pytorch_lora_weights.safetensors, 135 MB"):
                 merge_lora(unet, load_lora(name, "pytorch_lora_weights.safetensors", unet))
         return student
@@ -153,7 +152,7 @@ class Student(nn.Module):
         alpha_bar, (c_skip, c_out) = self.alphas_bar[tau], boundary_scalings(tau)
         c = self.context(y)
         z_tau = enter(z_y, alpha_bar, self.config.get("entry", "clean"))  # checkpoints that name none are "clean"
-        z, y, t = z_tau.to(c.dtype), y.to(c.dtype), torch.full((), tau, device=y.device)  # no GPU is waited for
+        z, y, t = z_tau.to(c.dtype), y.to(c.dtype), torch.full((), tau, device=y.device)
         down, mid = self.spatial_encoder(z, t, c, controlnet_cond=y, return_dict=False)
         residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
         eps = self.unet(z, t, encoder_hidden_states=c, **residuals).sample
@@ -212,8 +211,7 @@ class Student(nn.Module):
         return student.requires_grad_(False)
 
     def load_trained(self, folder, merge=False):
-        """Takes the trained parts of a checkpoint's folder into this student. OSError if a file is missing or cut."""
-        folder = Path(folder)
+        """Takes the trained parts of a checkpoint's folder, a Path. OSError if a file is missing or cut."""
         with loading("student's weights", str(folder), "a checkpoint's safetensors files"):
             self.visual_encoder.load_state_dict(load_file(folder / "visual_encoder.safetensors"))
             self.adapter.load_state_dict(load_file(folder / "adapter.safetensors"))

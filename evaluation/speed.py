@@ -110,13 +110,13 @@ def peaks(device, dtype):
 # --- the table ------------------------------------------------------------------------------------------------------------
 
 
-def table(student, teacher, size, device, dtype, batches, steps, repeats, one_step=False, compiled=False):
-    """(header, rows, notes) of all that is measured; student and teacher stand on `device` with weights in `dtype`.
+def table(student, teacher, size, device, precision, batches, steps, repeats, one_step=False, compiled=False):
+    """(header, rows, notes) of all that is measured; student and teacher stand on `device` in `precision`.
 
     batches: pictures at once, of each a block of rows; the parts and the pipeline with the first alone. compiled: torch.compile
     too (minutes). On a GPU also each row as a CUDA graph, which shows what launching its kernels one by one costs.
     """
-    peak, rows, first = peaks(device, dtype), [], {}
+    peak, rows, first = peaks(device, {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]), [], {}
     ways = [""] + [GRAPH] * (device.type == "cuda") + [COMPILED] * compiled
     for batch in batches:
         y = torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)

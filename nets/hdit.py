@@ -12,8 +12,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from plumbing.devices import dtype_of
-
 linear = partial(nn.Linear, bias=False)
 TILE = 8  # neighbourhood attention: queries a side of a tile (of 4 to 16 the fastest, forward and backward)
 
@@ -254,7 +252,7 @@ class HDiT(nn.Module):
         if x.ndim != 4 or x.shape[1] != self.config["in_channels"] or x.shape[2] % cell or x.shape[3] % cell:
             want = f"(B, {self.config['in_channels']}, H, W), H and W multiples of {cell}"
             raise ValueError(f"expected {want}, got {tuple(x.shape)}: resize first")
-        dtype = dtype_of(self)
+        dtype = self.time_in_proj.weight.dtype
         time = self.time_emb(t).to(dtype)
         aug = (torch.arange(time.shape[1], device=t.device) < time.shape[1] // 2).to(dtype)  # features of zeros
         cond = self.mapping(self.time_in_proj(time) + self.aug_in_proj(aug))  # (B, mapping_width)

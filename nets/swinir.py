@@ -12,8 +12,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from plumbing.devices import constant, dtype_of
-
 WINDOW = 8  # tokens a side of a window, and pixels a side of a token
 
 
@@ -142,9 +140,11 @@ class SwinIR(nn.Module):
         h, w = (-(-n // WINDOW) for n in y.shape[-2:])
         if y.ndim != 4 or y.shape[1] != 3 or h % WINDOW or w % WINDOW or not h * w:
             raise ValueError(f"expected (B, 3, H, W), sides in (64 n - 8, 64 n], got {tuple(y.shape)}: resize first")
-        mean = constant((0.4488, 0.4371, 0.4040), y.device)[:, None, None]
+        mean = torch.stack(
+            [y.new_full((1, 1), m) for m in (0.4488, 0.4371, 0.4040)]
+        )  # made there: no GPU is waited for
         y = F.pad(y, (0, 8 * w - y.shape[3], 0, 8 * h - y.shape[2]), mode="reflect") - mean
-        shallow = self.conv_first(y.to(dtype_of(self)))  # (B, C, h, w)
+        shallow = self.conv_first(y.to(self.conv_first[1].weight.dtype))  # (B, C, h, w)
         x, mask = self.patch_embed["norm"](shallow.permute(0, 2, 3, 1)), shifted_window_mask(h, w, y.device)
         for layer in self.layers:
             x = layer(x, mask)
