@@ -191,13 +191,15 @@ class Student(nn.Module):
         """
         tau = self.tau if tau is None else tau
         c = self.context(y)
-        down, mid = self.spatial_encoder(z_y, tau, c, controlnet_cond=y, return_dict=False)
+        alpha = self.alphas_bar[tau] ** 0.5
+        z_tau = alpha * z_y if self.config.get("entry", "clean") == "mean" else z_y
+        down, mid = self.spatial_encoder(z_tau, tau, c, controlnet_cond=y, return_dict=False)
         eps = self.unet(
-            z_y, tau, encoder_hidden_states=c, down_block_additional_residuals=down, mid_block_additional_residual=mid
+            z_tau, tau, encoder_hidden_states=c, down_block_additional_residuals=down, mid_block_additional_residual=mid
         ).sample
-        x_0 = x0_from_eps(z_y, eps.float(), self.alphas_bar[tau])
+        x_0 = x0_from_eps(z_tau, eps.float(), self.alphas_bar[tau])
         c_skip, c_out = boundary_scalings(tau)
-        return c_skip * z_y + c_out * x_0
+        return c_skip * z_tau + c_out * x_0
 
     def forward(self, y):
         """A degraded picture in, a restored one out: (B, 3, S, S) in [0, 1] -> the same, clipped."""

@@ -27,7 +27,7 @@ PRESETS = {
     },
     "tiny": {
         "preset": "tiny",
-        "image_size": 128,
+        "image_size": 256,
         "teacher": "tiny/teacher",
         "base": "tiny/base",
         "lcm_lora": None,
@@ -37,6 +37,7 @@ PRESETS = {
         "condition_channels": [16, 32, 48, 64],
         "adapter": "zero-linear",
         "timestep": 499,
+        "entry": "mean",
         "lora_rank": 32,
         "lr": 5e-4,
     },
