@@ -1,25 +1,30 @@
 """The two training stages (paper Sec. 3.4 Eq. 6, Sec. 4): from a cache of (z_lq, z_target) to a one-step restorer.
 
+    Eq. 6   L = lambda_lat L_lat + lambda_lpips L_lpips + lambda_l1 L_l1 + lambda_sgcl L_sgcl         objective
+    Sec. 4  Stage A trains the encoders and the adapter, Stage B the LoRA and the adapter        Student.set_stage
+            AdamW, cosine decay, bf16, EMA 0.999                                                 Run, optimize, update_ema
+
     python train.py --stage A                            visual encoder + spatial encoder + adapter, UNet frozen
     python train.py --stage B --init runs/stage_a        LoRA + adapter, encoders frozen
     torchrun --nproc_per_node=8 train.py --stage A ...   the same on several GPUs; --batch is the global batch
 
 The same command again goes on from the last checkpoint in --out. Every random number of a step is a function of the seed,
 the step and the picture, so a run that was killed and one on two processes make the same steps as an unbroken one.
---out holds step-*/ (config.json + safetensors: the EMA weights, and training.safetensors to go on from; the last two are
-kept), log.jsonl (each term of Eq. 6 raw and weighted) and grid.png (LQ | student | X† for the first pictures of the cache).
+--out holds step-*/ (config.json and safetensors: the EMA weights, and training.safetensors to go on from; the last two are
+kept), log.jsonl (the terms of Eq. 6, raw and weighted) and grid.png (LQ | student | X† of the cache's first pictures).
+Images: (B, 3, H, W) float32 in [0, 1]. Latents: (B, C, h, w), VAE latents times their scaling factor.
 """
 
 import argparse
-import os
-import signal
 import sys
 from pathlib import Path
+
+from plumbing import commands
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = p.add_argument
+    add, whole, real = p.add_argument, commands.whole, commands.real
     add("--stage", choices=["A", "B"], required=True, help="what is trained (Sec. 4)")
     add("--cache", type=Path, default=Path("cache"), help="folder made by cache.py")
     add("--out", type=Path, help="the run's folder (default: runs/stage_a or runs/stage_b)")
@@ -29,8 +34,9 @@ def parse_args(argv=None):
     add("--accumulate", type=whole(1, 10**6), default=1, metavar="N", help="each process makes its share in N parts")
     add("--checkpointing", action="store_true", help="recompute activations in the backward pass: less memory")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 on a GPU (Sec. 4), else fp32")
-    add("--seed", type=whole(0, 2**63 - 1), default=0, help="of fresh layers, the pictures' order, SGCL's t and noise")
+    add("--seed", type=whole(0), default=0, help="of fresh layers, the pictures' order, SGCL's t and noise")
     add("--save-every", type=whole(1, 10**6), default=200, metavar="N", help="steps between checkpoints")
+    add("--log-every", type=whole(1, 10**6), default=10, metavar="N", help="steps between lines of log.jsonl")
     add("--resume", action="store_true", help="insist on going on: no checkpoint in --out is then an error")
     add("--lr", type=real, help="peak learning rate of AdamW (default: the preset's; paper: 2e-5)")
     add("--lambda-lat", type=real, default=1.0, help="weight of the latent MSE in Eq. 6")
@@ -42,10 +48,12 @@ def parse_args(argv=None):
     add("--sgcl-source", choices=sources, default="gaussian", help="Eq. 7's noise, or PMRF's own source")
     adapters = ["zero-linear", "scalar-gate", "none"]
     add("--adapter", choices=adapters, help="Sec. 3.3.1 (default: the preset's, in Stage B that of Stage A)")
+    entries = ["mean", "clean", "noised"]
+    add("--entry", choices=entries, help="z_tau of the one step (default: the preset's, in Stage B that of Stage A)")
     args = p.parse_args(argv)
     if args.stage == "B" and not args.init:
         p.error(
-            "--stage B starts from Stage A: expected --init RUN_OR_CHECKPOINT, got none (such as --init runs/stage_a)"
+            "--stage B starts from Stage A: expected --init RUN_OR_CHECKPOINT, such as --init runs/stage_a; got none"
         )
     if args.stage == "A" and args.init:
         p.error("--init belongs to --stage B: Stage A starts from the published weights that the cache's preset names")
@@ -55,102 +63,141 @@ def parse_args(argv=None):
     return args
 
 
-def whole(low, high):
-    """An argument's type: a whole number from low to high."""
-
-    def convert(text):
-        if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
-            raise argparse.ArgumentTypeError(f"expected a whole number from {low} to {high}, got {text!r}")
-        return int(text)
-
-    return convert
-
-
-def real(text):
-    """An argument's type: a number from 0 on, neither infinite nor NaN."""
-    try:
-        if 0 <= float(text) < float("inf"):
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"expected a number from 0 on, got {text!r}")
-
-
-def interrupted(*_):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once
-    if os.environ.get("RANK", "0") == "0":
-        os.write(2, b"\ntrain.py: stopped; the same command goes on from the last checkpoint\n")
-    sys.exit(130)  # raised wherever it is, so that a checkpoint in the writing is removed
-
-
 if __name__ == "__main__":
-    ARGS = parse_args()  # before torch is imported, so that -h answers at once
-    signal.signal(signal.SIGINT, interrupted)
+    ARGS = commands.begin(parse_args, "the same command goes on from the last checkpoint")
 
 import contextlib
 import math
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
-from safetensors import SafetensorError
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import losses
 import sgcl
-from plumbing import checkpoints
-from run import Run, generator
-from student import decode
+from plumbing import devices, runs
+from plumbing.batches import Batches, generator, loader
+from plumbing.presets import load_config, locate, newest_checkpoint
+from plumbing.published import load_lpips
+from plumbing.shards import CacheDataset
+from student import Student, decode
+from teacher import PMRF
 
-# --- the training step -----------------------------------------------------------------------------------------------------
+# --- Eq. 6, the objective -----------------------------------------------------------------------------------------------
+
+
+def latent_loss(z_hat, z_target):
+    """Mean squared distance of the student's latent to the teacher's, L_lat of Eq. 6 ("the primary anchor").
+
+    z_hat, z_target: (B, C, h, w). Returns a scalar, the mean over all elements. ValueError if the shapes differ.
+    """
+    if z_hat.shape != z_target.shape:
+        raise ValueError(f"expected two latents of one shape, got {tuple(z_hat.shape)} and {tuple(z_target.shape)}")
+    return F.mse_loss(z_hat.float(), z_target.float())
+
+
+def lpips_loss(lpips_fn, x_hat, x_target):
+    """Learned perceptual distance (LPIPS, AlexNet) of x_hat to X†, L_lpips of Eq. 6; images in [0, 1]. A scalar.
+
+    In float32 under autocast too: it is small against the decoder, and compares features that are nearly equal.
+    """
+    with torch.autocast(x_hat.device.type, enabled=False):
+        return lpips_fn(x_hat.float(), x_target.float(), normalize=True).mean()
+
+
+def l1_loss(x_hat, x_target):
+    """Mean absolute distance of the decoded picture to the teacher's picture X†, L_l1 of Eq. 6. Returns a scalar."""
+    return F.l1_loss(x_hat.float(), x_target.float())
 
 
 def objective(one_step, student, teacher, lpips_fn, batch, step, args):
     """The terms of Eq. 6 for one batch of the cache, in the paper's order: a dict of scalars."""
     y, z_y, z_target, x_target = (batch[k] for k in ("y", "z_lq", "z_target", "x_target"))
     z_hat = one_step(z_y, y)  # Eq. 5
-    terms = {"lat": losses.latent_loss(z_hat, z_target)}
+    terms = {"lat": latent_loss(z_hat, z_target)}
     if not (args.lambda_lpips or args.lambda_l1 or args.lambda_sgcl):
-        return terms  # "latent loss only" of the ablation: no picture is decoded
+        return terms  # "latent only" of the ablation: no picture is decoded
     x_hat = decode(student.vae, z_hat)  # with gradient: the pixel terms train the latent
-    terms["lpips"] = losses.lpips_loss(lpips_fn, x_hat, x_target)
-    terms["l1"] = losses.l1_loss(x_hat, x_target)
+    terms["lpips"] = lpips_loss(lpips_fn, x_hat, x_target)
+    terms["l1"] = l1_loss(x_hat, x_target)
     if args.lambda_sgcl and step % args.sgcl_every == 0:
         g = [generator("sgcl", args.seed, step, i) for i in batch["index"].tolist()]
-        t, source = (v.to(x_hat.device) for v in sgcl.draw(sgcl.BANDS[args.stage], x_hat.shape[1:], g))
+        t, source = (
+            v.to(x_hat.device, non_blocking=True) for v in sgcl.draw(sgcl.BANDS[args.stage], x_hat.shape[1:], g)
+        )
         if args.sgcl_source == "mmse":
             source = sgcl.mmse_source(teacher.posterior_mean(y), source, teacher.sigma_s)
         terms["sgcl"] = sgcl.sgcl_loss(x_hat, teacher.velocity, t, source)  # Eq. 7-9
     return terms
 
 
-def optimize(run, first):
-    """Steps first + 1 ... args.steps, each in the paper's order: Eq. 5-9, backward, AdamW with cosine decay, EMA."""
-    args, batches = run.args, iter(run.loader(first))
-    lambdas = {"lat": args.lambda_lat, "lpips": args.lambda_lpips, "l1": args.lambda_l1}
-    lambdas["sgcl"] = args.sgcl_every * args.lambda_sgcl  # in every n-th step only: lambda is its mean weight
-    bar = tqdm(range(first + 1, args.steps + 1), f"Stage {args.stage}", args.steps, initial=first, disable=run.rank > 0)
-    for step in bar:
-        lr = set_rate(run.optimizer, args.lr, step, args.steps)
-        raw = dict.fromkeys(lambdas, 0.0)
-        for part in range(1, args.accumulate + 1):
-            batch = {k: v.to(run.device, non_blocking=True) for k, v in next(batches).items()}
-            with quiet(run.one_step, part < args.accumulate):
-                with run.autocast():
-                    terms = objective(run.one_step, run.student, run.teacher, run.lpips_fn, batch, step, args)
-                check_finite(terms, step, args.out)
-                (losses.total_loss(terms, lambdas) / args.accumulate).backward()  # Eq. 6
-            for name, value in terms.items():
-                raw[name] += value.item() / args.accumulate
-        norm = nn.utils.clip_grad_norm_(run.trained.values(), 1.0)
-        check_finite({"norm of the gradient": norm}, step, args.out)  # before it reaches the weights
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-        update_ema(run.ema, run.trained, step)
-        bar.set_postfix(loss=run.log(step, lr, raw, lambdas), refresh=False)
-        if step % args.save_every == 0 or step == args.steps:
-            run.save(step)
+def total_loss(terms, lambdas):
+    """Eq. 6: the weighted sum of the terms. terms, lambdas: dicts with the same names; a term may be absent (a scalar each)."""
+    return sum(lambdas[name] * value for name, value in terms.items())
+
+
+# --- Sec. 4, what a stage starts from and trains ------------------------------------------------------------------------
+
+
+def initial_student(args, meta):
+    """Stage A starts from the published weights of the cache's preset, Stage B from Stage A's EMA weights."""
+    torch.manual_seed(args.seed)  # fresh layers: the same in every process
+    if args.stage == "B":
+        runs.check_init(load_config(newest_checkpoint(args.init)), args, meta)
+        return Student.load(args.init)
+    config = load_config(meta["preset"])
+    return Student.from_published(config | {k: v for k in ("adapter", "entry") if (v := getattr(args, k))})
+
+
+class OneStep(nn.Module):
+    """The student's Eq. 5 as the forward of a module, which is what DistributedDataParallel can wrap."""
+
+    def __init__(self, student):
+        super().__init__()
+        self.student = student
+
+    def forward(self, z_y, y):
+        return self.student.step(z_y, y)
+
+
+class Run:
+    """What one process trains with: the cache, the networks, AdamW and the average."""
+
+    def __init__(self, args):
+        self.args, (self.rank, self.world) = args, devices.processes()
+        self.device = devices.choose_device("cuda" if torch.cuda.is_available() else "cpu")
+        self.data = CacheDataset(args.cache)
+        self.batches = Batches(len(self.data), args.batch, args.seed, 0, 0, self.rank, self.world, args.accumulate)
+        self.student = initial_student(args, self.data.meta).to(self.device)
+        self.teacher = self.lpips_fn = None  # the frozen critics of Eq. 6, each where it is needed
+        if args.lambda_sgcl:
+            self.teacher = PMRF.from_pretrained(locate(self.student.config["teacher"])).to(self.device)
+            self.teacher.requires_grad_(False)
+        if args.lambda_lpips or args.lambda_l1 or args.lambda_sgcl:
+            self.lpips_fn = load_lpips().to(self.device)
+        runs.check_networks(args.cache, self.data.meta, vae=self.student.vae, teacher=self.teacher)
+        gpu = self.device.type == "cuda"
+        args.precision = ("bf16" if gpu else "fp32") if args.precision == "auto" else args.precision
+        args.lr = self.student.config["lr"] if args.lr is None else args.lr
+        self.trained = self.student.set_stage(args.stage)  # {name: parameter}; all else is frozen
+        self.ema = {name: p.detach().clone() for name, p in self.trained.items()}
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=args.lr, weight_decay=5e-5, fused=gpu)
+        self.one_step = OneStep(self.student)
+
+    def autocast(self):
+        """Matrix products and convolutions in bf16 (Sec. 4), or nothing. Weights, latents, losses and EMA stay float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16")
+
+
+def recompute(student):
+    """Activations of the UNet, the spatial encoder and the VAE are made again in the backward pass, not kept."""
+    for part in (student.unet, student.spatial_encoder, student.vae):
+        if part._supports_gradient_checkpointing:  # all but the tiny preset's autoencoder
+            part.enable_gradient_checkpointing()
+
+
+# --- Sec. 4, the training step ------------------------------------------------------------------------------------------
 
 
 def set_rate(optimizer, peak, step, steps):
@@ -159,21 +206,6 @@ def set_rate(optimizer, peak, step, steps):
     for group in optimizer.param_groups:
         group["lr"] = lr
     return lr
-
-
-def quiet(one_step, more_to_come):
-    """While more parts of an accumulated step are to come, the gradients stay on their process."""
-    several = isinstance(one_step, DistributedDataParallel)
-    return one_step.no_sync() if several and more_to_come else contextlib.nullcontext()
-
-
-def check_finite(values, step, out):
-    """ValueError that names the step, the term and the last good checkpoint if a term of Eq. 6 is NaN or infinite."""
-    for name, value in values.items():
-        if not torch.isfinite(value):
-            good = checkpoints.steps_in(out)
-            kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
-            raise ValueError(f"{name!r} is {value.item()} at step {step}; {kept}: lower --lr or raise --batch")
 
 
 def update_ema(ema, trained, step, decay=0.999):
@@ -186,66 +218,106 @@ def update_ema(ema, trained, step, decay=0.999):
         torch._foreach_lerp_(list(ema.values()), [p.detach() for p in trained.values()], 1 - decay)
 
 
+def optimize(run, first):
+    """Steps first + 1 ... args.steps, each in the paper's order: Eq. 5-9, backward, AdamW with cosine decay, EMA."""
+    args, log = run.args, runs.Log(run.args.out, run.rank, run.world, first)
+    run.batches.steps = range(first, args.steps)
+    batches = iter(loader(run.data, run.batches, run.device))
+    lambdas = {"lat": args.lambda_lat, "lpips": args.lambda_lpips, "l1": args.lambda_l1}
+    lambdas["sgcl"] = args.sgcl_every * args.lambda_sgcl  # in every n-th step only: lambda is its mean weight
+    bar = tqdm(range(first + 1, args.steps + 1), f"Stage {args.stage}", args.steps, initial=first, disable=run.rank > 0)
+    for step in bar:
+        lr, raw = set_rate(run.optimizer, args.lr, step, args.steps), {}
+        for part in range(1, args.accumulate + 1):
+            batch = to_device(next(batches), run.device)
+            more = run.world > 1 and part < args.accumulate  # until the last part, gradients stay on their process
+            with run.one_step.no_sync() if more else contextlib.nullcontext():
+                with run.autocast():
+                    terms = objective(run.one_step, run.student, run.teacher, run.lpips_fn, batch, step, args)
+                (total_loss(terms, lambdas) / args.accumulate).backward()  # Eq. 6
+            raw = {name: raw.get(name, 0) + value.detach() / args.accumulate for name, value in terms.items()}
+        norm = nn.utils.clip_grad_norm_(run.trained.values(), 1.0)
+        saves = step % args.save_every == 0 or step == args.steps
+        logs = saves or step % args.log_every == 0  # in the other steps a GPU is never waited for
+        if logs:
+            raw = log.mean(raw | {"norm of the gradient": norm})
+            check_finite(raw, step, args.out)  # before it reaches the weights
+            bar.set_postfix(loss=log.write(step, lr, {k: raw[k] for k in terms}, lambdas), refresh=False)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        update_ema(run.ema, run.trained, step)
+        if saves:
+            save(run, step)
+
+
+def to_device(batch, device):
+    """The batch on the device, but for the pictures' numbers: a step that asked a GPU for them would wait for it."""
+    return {k: v if k == "index" else v.to(device, non_blocking=True) for k, v in batch.items()}
+
+
+def check_finite(values, step, out):
+    """ValueError that names the step, the value and the last good checkpoint if a value is NaN or infinite."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            good = runs.steps_in(out)
+            kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
+            raise ValueError(f"{name!r} is {value} at step {step}; {kept}: lower --lr or raise --batch")
+
+
+# --- a run, from the cache to the last checkpoint -----------------------------------------------------------------------
+
+
+def save(run, step):
+    """A checkpoint of this step and the sample grid, by the first process."""
+
+    def fill(folder):
+        runs.save_training(folder / "training.safetensors", run.trained, run.optimizer)
+        with runs.averaged(run.trained, run.ema), run.autocast():
+            runs.grid(run.args.out / "grid.png", run.data, lambda y: run.student(y.to(run.device)))
+            settings = runs.settings(run.args, run.student.config, run.data.meta)
+            run.student.save(folder, **settings, step=step, torch=torch.__version__)
+
+    if not run.rank:
+        runs.write(run.args.out, step, fill)
+
+
+def resume(run):
+    """Goes on from the newest checkpoint of --out, if there is one. Returns its step, or 0."""
+    folder = runs.newest(run.args.out, run.args.resume)
+    if folder is None:
+        return 0
+    runs.check_settings(folder, runs.settings(run.args, run.student.config, run.data.meta))
+    run.student.load_trained(folder)
+    run.ema = {name: p.detach().clone() for name, p in run.trained.items()}
+    step = run.student.config["step"]
+    runs.load_training(folder / "training.safetensors", run.trained, run.optimizer, step)
+    return step
+
+
 def train(args):
-    """The whole of a run on one process, from the cache to the last checkpoint."""
+    """The whole of a run on one process."""
     run = Run(args)
-    first = run.resume()
-    args.out.mkdir(parents=True, exist_ok=True)
+    devices.join(run.device)
+    first = resume(run)
+    if args.checkpointing:
+        recompute(run.student)
     if run.world > 1:
         ids = [run.device.index] if run.device.type == "cuda" else None
         run.one_step = DistributedDataParallel(run.one_step, device_ids=ids, broadcast_buffers=False)
-    if not run.rank:
-        checkpoints.trim_log(args.out / "log.jsonl", first)
-    if first and first >= args.steps:
-        print(f"{args.out} is finished at step {first}: nothing to do")
+    if first and first >= args.steps and not run.rank:
+        commands.say(f"{args.out} is finished at step {first}: nothing to do")
     if not args.steps:
-        run.save(0)
+        save(run, 0)
     optimize(run, first)
 
 
 def main(args):
-    """Trains; what a user can cause is one line and exit code 1."""
-    distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    advice = f"--batch {args.batch} --accumulate {args.accumulate}: raise --accumulate"
+    advice += " or lower --batch" if args.checkpointing else ", give --checkpointing or lower --batch"
     try:
-        if distributed:
-            join(int(os.environ["LOCAL_RANK"]))
-        train(args)
-    except (ValueError, OSError, SafetensorError) as e:
-        fault = (str(e).strip() or repr(e)).splitlines()[-1]  # a data worker's error ends with what was raised there
-    except (MemoryError, RuntimeError) as e:
-        if not (out_of_memory(e) or stopped()):
-            raise
-        fault = f"out of memory with --batch {args.batch} --accumulate {args.accumulate}: raise --accumulate"
-        fault += " or lower --batch" if args.checkpointing else ", give --checkpointing or lower --batch"
-    else:
-        return 0
+        return commands.run(train, args, memory=advice)
     finally:
-        if distributed and dist.is_initialized():
-            dist.destroy_process_group()
-    if stopped():
-        return 130
-    print(f"train.py: {fault}", file=sys.stderr)
-    return 1
-
-
-def stopped():
-    """Whether `interrupted` has run: a library's C code may turn the exit that it raises into an error of its own."""
-    return signal.getsignal(signal.SIGINT) is signal.SIG_DFL
-
-
-def join(local_rank):
-    """This process becomes one of torchrun's, on a GPU of its own if there are GPUs. ValueError if they are too few."""
-    gpus = torch.cuda.device_count()
-    if gpus and local_rank >= gpus:
-        raise ValueError(f"expected one process a GPU, got --nproc_per_node above {gpus}: lower it")
-    if gpus:
-        torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if gpus else "gloo")
-
-
-def out_of_memory(error):
-    """Whether an error is a GPU's or the CPU's way to say that memory is full; the latter has no class of its own."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+        devices.leave()
 
 
 if __name__ == "__main__":

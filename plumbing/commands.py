@@ -75,6 +75,19 @@ def interruption(text, at_once=False):
     return interrupted
 
 
+def import_without_training_packages():
+    """Imports diffusers without peft, transformers, accelerate and scipy: half of a cold start, and restoring needs none.
+
+    diffusers imports them wherever they are installed. None in sys.modules is Python's word for "not installed".
+    """
+    hidden = [name for name in ("peft", "transformers", "accelerate", "scipy") if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))
+    from diffusers import AutoencoderKL, ControlNetModel, LCMScheduler, UNet2DConditionModel  # noqa: F401
+
+    for name in hidden:
+        del sys.modules[name]
+
+
 def run(work, args, memory="use --device cpu, or a machine with more memory", fault=1):
     """work(args), an exit code or None for 0. What a user can cause becomes one line on stderr, and the exit code `fault`.
 

@@ -22,6 +22,7 @@ PRESETS = {
         "condition_channels": [16, 32, 96, 256],
         "adapter": "zero-linear",
         "timestep": 499,
+        "entry": "mean",
         "lora_rank": 32,
         "lr": 2e-5,
     },

@@ -15,7 +15,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-import degrade
 from plumbing.pictures import decode_image, write_bytes
 
 CHECKED = 8  # samples a shard whose latent `check` decodes
@@ -114,6 +113,15 @@ def settings_of(folder):
     raise ValueError(f"expected the settings of a cache in {path}, got no JSON of them: delete {folder}, make it again")
 
 
+def weights_sha256(module):
+    """sha256 of a network's weights and buffers, by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(name.encode() + values.numpy().tobytes())
+    return digest.hexdigest()
+
+
 def write_shard(path, batches):
     """Writes what make_batch returned as one safetensors file, whole or not at all."""
     records = {key: [r for batch in batches for r in batch[key]] for key in ("samples", "skipped")}
@@ -128,41 +136,38 @@ def write_shard(path, batches):
     write_bytes(path, save(tensors, {"records": json.dumps(records)}))
 
 
-def check(folder, meta, vae):
+def check(folder, meta, decode, params):
     """Verifies a finished cache; yields one line a fault.
 
     Each shard: sha256, number of samples, shapes, finite latents, pictures that decode to their size; and for the first
     CHECKED samples of it the PSNR of the decoded target latent against X†, at least MIN_PSNR dB.
+    decode: latents (1, C, h, w) -> (1, 3, S, S) in [0, 1]; params: what reads a record's degradation, an error if it is none.
     """
     for shard in tqdm(meta["shards"], unit=" shards"):
-        path = Path(folder) / shard["file"]
+        path, n = Path(folder) / shard["file"], shard["count"]
         if hashlib.sha256(path.read_bytes()).hexdigest() != shard["sha256"]:
             yield f"{shard['file']}: expected the sha256 in meta.json, got another: the file was changed"
         try:
             with safe_open(path, "pt") as f:
-                yield from (
-                    f"{shard['file']}: {fault}" for fault in check_shard(f, shard["count"], meta["image_size"], vae)
-                )
+                for fault in check_shard(f, n, meta["image_size"], decode, params):
+                    yield f"{shard['file']}: {fault}"
         except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as e:
             yield f"{shard['file']}: cannot be read: {e}"
 
 
-def check_shard(f, n, S, vae):
-    from student import decode
-
+def check_shard(f, n, S, decode, params):
     z_lq, z_target, samples = f.get_tensor("z_lq"), f.get_tensor("z_target"), records_of(f)["samples"]
     if not len(samples) == len(z_lq) == len(z_target) == n or z_lq.shape != z_target.shape:
         yield f"expected {n} samples, got {len(samples)} with latents {tuple(z_lq.shape)}, {tuple(z_target.shape)}"
         return
     for j in range(n):
-        degrade.Params(**samples[j]["params"])
+        params(**samples[j]["params"])
         y, x = picture(f, "y", j), picture(f, "x", j)
         if not y.shape == x.shape == (3, S, S):
             yield f"sample {j}: expected pictures of {S} px, got {tuple(y.shape)}, {tuple(x.shape)}"
         elif not (torch.isfinite(z_lq[j]).all() and torch.isfinite(z_target[j]).all()):
             yield f"sample {j}: expected finite latents, got NaN or infinity"
         elif j < CHECKED:
-            z = z_target[j : j + 1].float().to(next(vae.parameters()).device)
-            psnr = -10 * torch.log10((decode(vae, z)[0].clamp(0, 1).cpu() - x).square().mean())
+            psnr = -10 * torch.log10((decode(z_target[j : j + 1].float())[0] - x).square().mean())
             if not psnr >= MIN_PSNR:
                 yield f"sample {j}: expected a latent that decodes to X† at {MIN_PSNR} dB or more, got {psnr:.1f} dB"

@@ -20,9 +20,9 @@ from PIL import Image
 from tqdm import tqdm
 
 import degrade
-from cache import weights_sha256
 from plumbing import pictures
 from plumbing.presets import load_config
+from plumbing.shards import weights_sha256
 
 SIZE, VIEWS = load_config("tiny")["image_size"], 16
 RANGES = ("difface", "gfpgan")  # of even and odd views: difface alone holds hardly any lightly degraded picture

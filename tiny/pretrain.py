@@ -53,16 +53,17 @@ import torch.nn.functional as F
 from diffusers import LCMScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
 
-import losses
 import teacher
 from nets.autoencoder import PCAAutoencoder
 from plumbing.devices import choose_device
 from plumbing.pictures import to_uint8
 from plumbing.presets import load_config
-from student import decode, encode, vit_tokens
+from plumbing.published import load_lpips
+from student import decode, encode, enter, vit_tokens
 from tiny.axes import half_whitened, in_pixels, learn_in_axes
 from tiny.fit import Recipe, fit
 from tiny.pool import SIZE, Pool
+from train import lpips_loss
 
 RECIPES = {
     "vae": Recipe(steps=2000, batch=32, lr=1e-3),
@@ -88,7 +89,7 @@ def shifted_lpips(lpips_fn, x_hat, x):
     AlexNet looks at every fourth pixel, and a network can hide a weave pattern on that grid: so the grid moves.
     """
     top, left = torch.randint(8, (2,)).tolist()
-    return losses.lpips_loss(lpips_fn, x_hat[..., top:, left:], x[..., top:, left:])
+    return lpips_loss(lpips_fn, x_hat[..., top:, left:], x[..., top:, left:])
 
 
 def train_vae(args, pool, recipe, bf16):
@@ -96,7 +97,7 @@ def train_vae(args, pool, recipe, bf16):
     vae = PCAAutoencoder().to(pool.device)
     x = pool.get("hq", pool.batch(512, step=0))
     vae.set_components(*half_whitened(patches(2 * x - 1), vae.config.latent_channels))
-    lpips_fn = losses.load_lpips().to(pool.device)
+    lpips_fn = load_lpips().to(pool.device)
 
     def loss_fn(step):
         x = pool.get("hq", pool.batch(recipe.batch, step))
@@ -257,7 +258,8 @@ def train_unet(args, pool, recipe, bf16):
     c_hq, c_lq = (pool.derive(f"c_{q}", q, clip, caption) for q in ("hq", "lq"))
     scheduler, config = LCMScheduler(**SCHEDULE), load_config("tiny")
     scheduler.save_pretrained(args.out / "base" / "scheduler")
-    entry, tau, alphas_bar = config.get("entry", "clean"), config["timestep"], scheduler.alphas_cumprod.to(pool.device)
+    tau, alphas_bar = config["timestep"], scheduler.alphas_cumprod.to(pool.device)
+    entry, alpha_bar = config["entry"], float(scheduler.alphas_cumprod[tau])
     channels = vae.config.latent_channels
     unet = UNet2DConditionModel(**UNET, in_channels=channels, out_channels=channels).to(pool.device)
 
@@ -269,7 +271,7 @@ def train_unet(args, pool, recipe, bf16):
         alpha, sigma = (v[t].sqrt().view(-1, 1, 1, 1) for v in (alphas_bar, 1 - alphas_bar))
         eps = torch.randn_like(z)
         z_t = alpha * z + sigma * eps
-        z_t[:half] = entrance(entry, z_y, eps[:half], alpha[:half], sigma[:half])
+        z_t[:half] = enter(z_y, alpha_bar, entry)
         eps[:half] = (z_t[:half] - alpha[:half] * z[:half]) / sigma[:half]
         c = torch.cat([pool.get(c_lq, index[:half]), pool.get(c_hq, index[half:])])
         c = c * (torch.rand(len(z), 1, 1, device=z.device) > 0.1)  # one in ten without caption
@@ -277,11 +279,6 @@ def train_unet(args, pool, recipe, bf16):
         return error.mean(), {"gaussian": error[half:].mean(), "degraded": error[:half].mean()}
 
     fit("unet", unet, loss_fn, lambda m: save_module(m, args.out / "base" / "unet"), recipe, args.seed, bf16)
-
-
-def entrance(entry, z_y, eps, alpha, sigma):
-    """What the student's UNet gets at tau, by the preset's reading (student.py)."""
-    return {"mean": alpha * z_y, "clean": z_y, "noised": alpha * z_y + sigma * eps}[entry]
 
 
 def work(args):

@@ -1,0 +1,63 @@
+"""Which pictures a training step takes, and its random numbers: functions of seed and step alone.
+
+So a run that was killed goes on where it was, and N processes share the steps of one.
+"""
+
+import hashlib
+import signal
+
+import torch
+
+
+def generator(*key):
+    """A CPU generator whose numbers follow from the key alone, of any size: generator("sgcl", seed, step, picture)."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+
+
+class Batches:
+    """Step s takes places s B ... (s + 1) B - 1 of an endless row of shuffled epochs; a process takes its share of them.
+
+    n: pictures; batch: B, over all processes; steps first + 1 ... last. Yields lists of indices, `accumulate` a step.
+    ValueError if B cannot be shared evenly.
+    """
+
+    def __init__(self, n, batch, seed, first, last, rank=0, world=1, accumulate=1):
+        self.n, self.batch, self.seed, self.steps = n, batch, seed, range(first, last)
+        self.rank, self.parts = rank, (world, accumulate)
+        if batch % (world * accumulate):
+            parts = f"{batch} and {world} x {accumulate}"
+            raise ValueError(
+                f"expected --batch to be a multiple of processes x --accumulate, got {parts}: change --batch"
+            )
+
+    def __len__(self):
+        return len(self.steps) * self.parts[1]
+
+    def __iter__(self):
+        world, accumulate = self.parts
+        for step in self.steps:
+            places = range(step * self.batch, (step + 1) * self.batch)
+            share = [self.index(p) for p in places][self.rank * self.batch // world :][: self.batch // world]
+            size = len(share) // accumulate
+            yield from (share[i * size : (i + 1) * size] for i in range(accumulate))
+
+    def index(self, place):
+        epoch, i = divmod(place, self.n)
+        if getattr(self, "epoch", None) != epoch:
+            self.epoch = epoch
+            self.order = torch.randperm(self.n, generator=generator("order", self.seed, epoch)).tolist()
+        return self.order[i]
+
+
+def loader(data, batches, device):
+    """The batches of a cache, read ahead by four processes for a GPU; dicts of tensors."""
+    workers = 4 if device.type == "cuda" else 0
+    return torch.utils.data.DataLoader(
+        data, batch_sampler=batches, num_workers=workers, pin_memory=workers > 0, worker_init_fn=deaf
+    )
+
+
+def deaf(_):
+    """A data worker leaves Ctrl-C to the process that it works for."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,131 @@
+"""How a cache comes to be on disk: settings first, shards written whole or not at all, meta.json last.
+
+So a run that was killed goes on where it was, and any number of processes ends with the same bytes.
+"""
+
+import hashlib
+import json
+import os
+import threading
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+
+import numpy as np
+import PIL
+import torch
+from PIL import features
+from tqdm import tqdm
+
+from plumbing.pictures import find_images, make_folder, write_bytes
+from plumbing.shards import read_records, settings_of, write_shard
+
+MAX_SHARD = 256  # samples; about 120 MB at 512 px
+
+
+def sources_in(data, out, limit):
+    """Names, relative to the folder data, of its first `limit` pictures, those in out left aside."""
+    if not data.is_dir():
+        raise ValueError(f"expected a folder of pictures, got --data {data}: name an existing folder")
+    paths = [path for path in find_images([data]) if out.resolve() not in path.resolve().parents]
+    if not paths:
+        raise ValueError(f"expected pictures (png, jpg, webp) in {data}, got none: name another folder")
+    return [path.relative_to(data).as_posix() for path in paths[:limit]]
+
+
+def listing(data, sources):
+    """What tells one folder of pictures from another: how many, and the sha256 of their names and sizes."""
+    names = [(name, (data / name).stat().st_size if (data / name).is_file() else None) for name in sources]
+    return dict(pictures=len(sources), pictures_sha256=hashlib.sha256(json.dumps(names).encode()).hexdigest())
+
+
+def versions():
+    """The libraries on which the bytes of a cache depend."""
+    known = dict(torch=torch.__version__, numpy=np.__version__, pillow=PIL.__version__)
+    return known | {name: features.version(name) for name in ("jpg", "webp")}
+
+
+def shard_size(samples, batch):
+    """Whole batches; small enough for some processes to share a small set, and for an interruption to cost little."""
+    return max(1, min(MAX_SHARD, samples // 32) // batch) * batch
+
+
+def write_json(path, value):
+    write_bytes(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+
+def begin(out, settings, rank):
+    """Writes settings.json into a new cache, or compares with the one there; ValueError if they differ."""
+    if not (out / "meta.json").exists():  # a finished one may well be on a disk that is read-only
+        make_folder(out)
+    while rank and not (out / "settings.json").exists():
+        time.sleep(0.1)
+    before = settings_of(out)
+    if before is None:
+        if any(not path.name.endswith(".tmp") for path in out.iterdir()):
+            raise ValueError(f"expected a new or empty folder or a cache, got {out}: choose another --out")
+        return write_json(out / "settings.json", settings)
+    done = (out / "meta.json").exists()  # what is finished stays good when libraries change
+    keys = [key for key in settings if before.get(key) != settings[key] and not (done and key == "versions")]
+    if keys:
+        was = ", ".join(f"{key} {before.get(key)} (now {settings[key]})" for key in keys)
+        raise ValueError(f"expected the settings of the cache in {out}, got others: {was}: delete it or change --out")
+
+
+def make_shards(todo, make, settings, workers, rank):
+    """todo: shard path -> its jobs. Batches are formed within a shard, made by `workers` threads, written in order.
+
+    On the CPU each batch is computed by one thread, so that the number of threads splits no sum. A GPU has one batch at
+    a time, while others are read, degraded and compressed.
+    """
+    lock, batch = threading.Lock() if settings["device"] == "cuda" else nullcontext(), settings["batch"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    bar = tqdm(total=sum(map(len, todo.values())), unit=" samples", disable=bool(rank or not todo), smoothing=0.05)
+    try:
+        queue = deque(
+            (path, deque(jobs[i : i + batch] for i in range(0, len(jobs), batch))) for path, jobs in todo.items()
+        )
+        queue = deque((path, deque(pool.submit(make, jobs, settings, lock) for jobs in parts)) for path, parts in queue)
+        while queue:
+            path, parts = queue.popleft()
+            done = []
+            while parts:
+                done.append(parts.popleft().result())  # popped, so that what is written is not kept
+                bar.update(len(done[-1]["samples"]) + len(done[-1]["skipped"]))
+            write_shard(path, done)
+    finally:
+        bar.close()
+        pool.shutdown(wait=False, cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+def wait_for(paths):
+    """Until all the files are there; torchrun ends this process if another one fails."""
+    while not all(path.exists() for path in paths):
+        time.sleep(0.1)
+
+
+def summary(data, out, settings, paths):
+    """meta.json's dict for the shards in paths. Removes what interruptions left. ValueError if there is no sample."""
+    shards, skipped = [], {}
+    for path in paths:
+        records = read_records(path)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        shards.append(dict(file=path.name, count=len(records["samples"]), bytes=path.stat().st_size, sha256=digest))
+        skipped |= dict(records["skipped"])
+    count = sum(shard["count"] for shard in shards)
+    if not count:
+        raise ValueError(f"expected pictures in {data}, got {len(skipped)} that cannot be read: check the folder")
+    for leftover in out.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+    skipped = [dict(source=name, reason=reason) for name, reason in sorted(skipped.items())]
+    return settings | dict(count=count, shards=shards, skipped=skipped)
+
+
+def cores_a_process():
+    """Threads for the pictures: the cores of this machine, shared by its processes of torchrun, at most eight."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))

@@ -1,0 +1,267 @@
+"""Published weights, found and read: a folder, a hub id, or the hub's cache when there is no network. Nothing is computed here.
+
+Whatever can go wrong (no network, a cut download, another network's file) becomes one line: what was expected, how to get it.
+Only safetensors are read, and PMRF's Lightning checkpoints with weights_only=True; neither can run code.
+"""
+
+import contextlib
+import json
+import pickle
+import re
+import warnings
+from pathlib import Path
+
+import timm
+import torch
+from diffusers import AutoencoderKL, LCMScheduler, UNet2DConditionModel
+from diffusers.utils import is_accelerate_available
+from huggingface_hub import hf_hub_download
+from huggingface_hub.utils import logging as hub_logging
+from safetensors.torch import load_file, save
+from timm.models.vision_transformer import checkpoint_filter_fn
+
+from nets.autoencoder import PCAAutoencoder
+from plumbing.pictures import make_folder, write_bytes
+from plumbing.presets import ROOT, locate
+
+# Never a pickle. Without accelerate, which is optional, diffusers fills a network with random numbers before it reads the file.
+READ = {"torch_dtype": torch.float32, "use_safetensors": True, "low_cpu_mem_usage": is_accelerate_available()}
+LPIPS_FEATURES = ROOT / "tiny" / "lpips_alex.safetensors"
+
+
+@contextlib.contextmanager
+def loading(what, name, size):
+    """Inside, any error of any library becomes an OSError of one line. what, size: for the message; name: folder or hub id."""
+    try:
+        yield
+    except Exception as e:  # huggingface_hub, safetensors, timm and diffusers each have errors of their own
+        remedy = f"run once with a network (hf download {name}), or give a local folder"
+        if Path(locate(name)).exists():
+            remedy = "restore that folder"
+        got = f"could not load it ({type(e).__name__}: {' '.join(str(e).split())[:160]})"
+        raise OSError(f"expected the {what} ({size}) at {name!r}, {got}: {remedy}") from None
+
+
+def fetch(name, file):
+    """The path of a file in a folder, or in a hub repository: downloaded, or from the hub's cache without a network."""
+    hub_logging.set_verbosity_error()  # without a network it would announce each retry
+    return Path(locate(name)) / file if Path(locate(name)).is_dir() else Path(hf_hub_download(str(name), file))
+
+
+# --- SD v1.5: VAE, UNet, schedule -----------------------------------------------------------------------------------------
+
+
+def read(cls, config, part):
+    """A frozen diffusers network, the `part` of config["base"]. ValueError if its file lacks weights: diffusers says nothing."""
+    module, keys = cls.from_pretrained(locate(config["base"]), subfolder=part, output_loading_info=True, **READ)
+    if keys["missing_keys"]:
+        raise ValueError("weights that its config asks for are not in it")
+    return module.eval().requires_grad_(False)
+
+
+def load_vae(config):
+    """The frozen VAE of config["base"]: diffusers' AutoencoderKL, or the tiny preset's own class."""
+    with loading("VAE", config["base"], "vae/, 335 MB"):
+        settings = AutoencoderKL.load_config(locate(config["base"]), subfolder="vae")
+        own = settings.get("_class_name") == "PCAAutoencoder"
+        return read(PCAAutoencoder if own else AutoencoderKL, config, "vae")
+
+
+def load_unet(config):
+    """The frozen UNet of config["base"], as published: LCM-LoRA is not in it yet."""
+    with loading("UNet", config["base"], "unet/, 3.4 GB"):
+        return read(UNet2DConditionModel, config, "unet")
+
+
+def load_schedule(config):
+    """alpha_bar of each timestep 0 ... 999 of config["base"], a list of floats."""
+    with loading("schedule", config["base"], "scheduler/"):
+        schedule = LCMScheduler.load_config(locate(config["base"]), subfolder="scheduler")
+        betas = {k: schedule[k] for k in ("beta_start", "beta_end", "beta_schedule")}
+        return LCMScheduler(**betas).alphas_cumprod.tolist()
+
+
+# --- CLIP and DINOv2, through timm -----------------------------------------------------------------------------------------
+
+
+def load_vit(entry):
+    """A frozen ViT without its head. entry: its "name" (timm's, or a local timm folder) and arguments of its class."""
+    entry = dict(entry)
+    name = entry.pop("name")
+    folder = Path(locate(name)).is_dir()
+    with loading("feature backbone", name if folder else timm_hub_id(name), "about 350 MB, through timm"):
+        vit = timm.create_model(f"local-dir:{locate(name)}" if folder else name, num_classes=0, **entry)
+        vit.register_load_state_dict_post_hook(nothing_missing)
+        timm.models.load_pretrained(vit, num_classes=0, filter_fn=checkpoint_filter_fn)
+    return vit.eval().requires_grad_(False)
+
+
+def nothing_missing(_, keys):
+    """timm drops the head, and then passes over every other weight that its file lacks, without a word: this does not."""
+    if keys.missing_keys:
+        raise ValueError(f"no {keys.missing_keys[0]} in it, and {len(keys.missing_keys)} weights missing in all")
+
+
+def timm_hub_id(name):
+    """Where timm gets a model from: its name is not always the repository's."""
+    cfg = timm.models.get_pretrained_cfg(name)
+    hub_id = cfg.hf_hub_id if cfg and cfg.hf_hub_id else "timm/"
+    return hub_id + name if hub_id.endswith("/") else hub_id
+
+
+# --- LoRA files ------------------------------------------------------------------------------------------------------------
+
+LORA_KEY = re.compile(r"(?:base_model\.model\.|unet\.|lora_unet_)(.+)\.lora[._](A|B|down|up)\.weight")
+
+
+def load_lora(name, file, unet):
+    """The matrices of a LoRA's file, {layer of the UNet: (A (r, in, ...), B (out, r, ...), alpha / r)}, float32.
+
+    Read are peft's names (with alpha and r in adapter_config.json beside it), diffusers' ("unet.", alpha = r) and kohya's
+    ("lora_unet_" with underscores, an alpha a layer), linear layers and convolutions. Layers of a text encoder are left out.
+    ValueError if a layer is none of the UNet's, or if there is none at all.
+    """
+    path = fetch(name, file)
+    state, settings = load_file(path), path.with_name("adapter_config.json")
+    config = json.loads(settings.read_text()) if settings.is_file() else {}
+    scale = config["lora_alpha"] / config["r"] if config else 1.0
+    known, layers = {n.replace(".", "_"): n for n, _ in unet.named_modules()}, {}
+    for key, A in state.items():
+        found = LORA_KEY.fullmatch(key)
+        if found and found[2] in ("A", "down"):
+            layer, stem = known.get(found[1].replace(".", "_")), key.removesuffix(".weight")
+            if layer is None:
+                raise ValueError(f"{found[1]} is no layer of this UNet")
+            B = state[stem.removesuffix(found[2]) + {"A": "B", "down": "up"}[found[2]] + ".weight"]
+            alpha = state.get(re.sub(r"\.lora[._]down$", ".alpha", stem))
+            layers[layer] = A.float(), B.float(), scale if alpha is None else alpha.item() / len(A)
+    if not layers:
+        raise ValueError("no layer of a UNet in it")
+    return layers
+
+
+# --- LPIPS -----------------------------------------------------------------------------------------------------------------
+
+
+def load_lpips():
+    """LPIPS with AlexNet features, offline: the lpips package's linear layers on the convolutions in tiny/.
+
+    Returns a frozen lpips.LPIPS: lpips_fn(a, b, normalize=True), images (B, 3, H, W) in [0, 1] -> (B, 1, 1, 1). OSError when
+    the features are missing. Source: richzhang/PerceptualSimilarity v0.1; torchvision's AlexNet in float16.
+    """
+    import lpips  # imports torchvision.models: only where it is really used
+
+    with loading("LPIPS features", "tiny", LPIPS_FEATURES.name), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        features = load_file(LPIPS_FEATURES)  # features.{n}.weight: n is the layer's number in torchvision and in lpips
+        lpips_fn = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    layers = {name.split(".")[1]: m for name, m in lpips_fn.net.named_modules() if isinstance(m, torch.nn.Conv2d)}
+    for n, layer in layers.items():
+        layer.load_state_dict({key: features[f"features.{n}.{key}"] for key in ("weight", "bias")})
+    return lpips_fn.eval().requires_grad_(False)
+
+
+# --- PMRF ------------------------------------------------------------------------------------------------------------------
+
+# The published sizes: PMRF's swinir_L and hdit_ImageNet256Sp4
+SWINIR = dict(embed_dim=180, depths=[6] * 8, num_heads=[6] * 8)
+HDIT = dict(in_channels=3, out_channels=3, patch_size=4, widths=[256, 512, 1024], depths=[2, 2, 8])
+HDIT |= dict(kernel_sizes=[7, 7, None], d_head=64, mapping_width=768, mapping_depth=2)
+
+
+@contextlib.contextmanager
+def loading_pmrf(source):
+    """As `loading`, for PMRF: a missing file stays a FileNotFoundError, a cut or foreign one is a ValueError."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as e:  # a foreign file can fail in any way
+        got = f"expected PMRF as published, got {one_line(e)}"
+        raise ValueError(f"{source}: {got}; check the download and the sizes") from None
+
+
+def read_pmrf(name_or_folder):
+    """A hub id, a folder like one, or a Lightning .ckpt -> its settings, weights {name: tensor}, averaged weights or None.
+
+    Settings: "swinir" and "hdit" (arguments of these classes), "sigma_s", "t_eps". The average is a list in HDiT's order.
+    """
+    source = Path(name_or_folder)
+    config, weights, average = read_lightning(source) if source.suffix == ".ckpt" else read_repository(source)
+    if not isinstance(config, dict):
+        raise ValueError(f"settings of type {type(config).__name__} instead of a dict")
+    settings = {"swinir": sizes(config, "swinir"), "hdit": sizes(config, "hdit")}
+    settings |= {"sigma_s": float(config.get("mmse_noise_std", 0.1)), "t_eps": float(config.get("eps", 0.0))}
+    return settings, {k: w for k, w in weights.items() if k.startswith(("model.", "mmse_model."))}, average
+
+
+def fill_pmrf(pmrf, weights, average):
+    """Puts the weights into a PMRF that was made on the meta device; of the flow the average, where there is one."""
+    if average is not None:
+        names = [f"model.{name}" for name, _ in pmrf.model.named_parameters()]
+        if len(average) != len(names):
+            raise ValueError(f"{len(average)} averaged parameters instead of {len(names)}")
+        weights = weights | dict(zip(names, average, strict=True))
+    pmrf.to_empty(device="cpu").load_state_dict(weights)
+    return pmrf
+
+
+def write_pmrf(folder, config, pmrf, dtype):
+    """config.json and model.safetensors as published, no half files; parameters in dtype, buffers as they are."""
+    config = {"arch": "hdit", "mmse_model_arch": "swinir", "stage": "flow", "conditional": False} | config
+    weights = {k: p.detach().to("cpu", dtype).contiguous() for k, p in pmrf.named_parameters()}
+    weights |= {k: b.cpu() for k, b in pmrf.named_buffers()}  # the frequencies of time stay float32
+    folder = make_folder(folder)
+    write_bytes(folder / "model.safetensors", save(weights, {"format": "pt"}))
+    write_bytes(folder / "config.json", json.dumps(config, indent=1).encode() + b"\n")
+
+
+def sizes(config, net):
+    """Constructor arguments of "swinir" or "hdit": those in the config, or the published ones that its `arch` names."""
+    key, arch, published = {
+        "swinir": ("mmse_model_arch", "swinir_L", SWINIR),
+        "hdit": ("arch", "hdit_ImageNet256Sp4", HDIT),
+    }[net]
+    if net not in config and config.get(key, arch) != arch:
+        raise ValueError(f"{key} {config[key]!r} without its sizes under {net!r} (known without: {arch})")
+    return config.get(net, published)
+
+
+def read_repository(path):
+    """config, weights, None from config.json and model.safetensors of a folder or a hub repository."""
+    names = ("config.json", "model.safetensors")
+    if path.is_dir():
+        if missing := [name for name in names if not (path / name).is_file()]:
+            got = " and no ".join(missing)
+            raise FileNotFoundError(f"{path}: expected {names[0]} and {names[1]}, got no {got}: copy both there")
+    need = f"expected a folder, a .ckpt or a hub repository with {names[0]} and {names[1]} (published: 0.7 GB)"
+    if not path.is_dir() and (path.is_absolute() or len(path.parts) != 2):  # no owner/name
+        raise FileNotFoundError(f"{path}: {need}, got none of them: check the path")
+    try:
+        files = [fetch(path, name) for name in names]
+    except Exception as e:  # offline, unknown, gated: all the same to the user
+        raise FileNotFoundError(f"{path}: {need}, got {type(e).__name__}: online, run hf download {path}") from None
+    return json.loads(files[0].read_text()), load_file(files[1]), None
+
+
+def read_lightning(path):
+    """config, weights, averaged parameters of the flow (a list in HDiT's order) from a training checkpoint."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a Lightning checkpoint, got no file: check the path")
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:  # its own text advises to load the file without that check, which may run code
+        found = re.search(r"GLOBAL (\S+)", str(e))
+        raise ValueError(f"{found[1]} in it, which could run code" if found else "no file of torch.save") from None
+    try:
+        return ckpt["hyper_parameters"], dict(ckpt["state_dict"]), list(ckpt["ema"]["shadow_params"])
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise ValueError("a file without hyper_parameters, state_dict or ema.shadow_params") from None
+
+
+def one_line(error):
+    """What was wrong with a file, from whatever error it caused; of all keys that do not fit, the first and the last."""
+    lines = [line.strip()[:200] for line in str(error).splitlines()] or ["nothing in it"]
+    lines = dict.fromkeys((lines[1], lines[-1])) if "loading state_dict" in lines[0] else lines[:1]
+    kind = "" if type(error) in (ValueError, RuntimeError) else f"{type(error).__name__}: "
+    return kind + "; ".join(lines)

@@ -1,0 +1,217 @@
+"""The folder of a training run, safe against being killed: checkpoints, log, sample grid, and what must not change.
+
+step-NNNNNN/ folders are each whole or absent: written under a temporary name, flushed to the disk, renamed. They hold what
+Student.save writes (the EMA weights), and training.safetensors: the raw weights and AdamW's two moments. All else that a run
+needs to go on (batches, learning rate, random numbers) is a function of step and seed. log.jsonl has a line a logged step.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from plumbing import pictures
+from plumbing.presets import load_config
+from plumbing.shards import weights_sha256
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+SAMPLES = 6  # pictures in grid.png
+
+
+# --- what must be equal -------------------------------------------------------------------------------------------------
+
+
+def settings(args, config, meta):
+    """What must be equal for a run to go on, as a dict; written into every checkpoint's config.json."""
+    names = ["stage", "steps", "batch", "seed", "precision", "sgcl_every", "sgcl_source"]
+    names += ["lambda_lat", "lambda_lpips", "lambda_l1", "lambda_sgcl"]
+    chosen = {name: getattr(args, name) for name in names}
+    chosen["peak_lr"] = args.lr  # "lr" is the preset's default, which Stage B reads from Stage A's config.json
+    origin = {"init": args.init and str(args.init), "adapter": config["adapter"], "entry": config["entry"]}
+    return {**chosen, **origin, **cache_identity(meta)}
+
+
+def cache_identity(meta):
+    """What tells one cache from another: the settings that a reader knows, then the bytes of all its shards."""
+    shards = hashlib.sha256(" ".join(shard["sha256"] for shard in meta["shards"]).encode()).hexdigest()
+    known = {name: meta[name] for name in ("seed", "steps", "repeats", "count", "teacher_sha256", "vae_sha256")}
+    known |= {"ranges": [ranges["name"] for ranges in meta["ranges"]], "shards_sha256": shards}
+    return {f"cache_{name}": value for name, value in known.items()}
+
+
+def check_settings(folder, now):
+    """ValueError that names the first setting of the checkpoint that differs from `now`."""
+    config = {"entry": "clean"} | load_config(folder)
+    for name, value in now.items():
+        if config.get(name) != value:
+            raise ValueError(
+                f"expected {name} = {config.get(name)!r}, as in {folder}, got {value!r}: give the same, or another --out"
+            )
+
+
+def check_init(config, args, meta):
+    """ValueError if config, that of --init, is no Stage A checkpoint of the cache's preset and of the options given."""
+    if config["stage"] != "A":
+        raise ValueError(f"expected a Stage A checkpoint in --init {args.init}, got one of Stage {config['stage']}")
+    if config["preset"] != meta["preset"]:
+        raise ValueError(
+            f"expected a cache of preset {config['preset']!r}, that of {args.init}; got preset {meta['preset']!r} in "
+            f"{args.cache}: make a cache with --preset {config['preset']}"
+        )
+    for name in ("adapter", "entry"):
+        given, there = getattr(args, name), config.get(name, "clean")
+        if given not in (None, there):
+            raise ValueError(f"expected --{name} {there}, that of {args.init}; got {given}: leave it out")
+
+
+def check_networks(cache, meta, **networks):
+    """ValueError if the cache was made with another VAE (its latents are then of another space) or another teacher."""
+    for name, network in networks.items():
+        ours, theirs = network and weights_sha256(network), meta[f"{name}_sha256"]
+        if network and ours != theirs:
+            raise ValueError(
+                f"expected a cache made with the preset's {name} (sha256 {ours[:12]}), {cache} was made "
+                f"with another ({theirs[:12]}): make the cache again"
+            )
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------------
+
+
+def steps_in(out):
+    """The finished checkpoints of a run's folder, oldest first."""
+    return sorted(p for p in out.glob("step-??????") if (p / "config.json").is_file())
+
+
+def write(out, step, fill, keep=2):
+    """Makes out/step-NNNNNN by fill(folder), whole or not at all, and drops all but the last `keep`.
+
+    What fill raises comes through (a full disk is an OSError); the checkpoints before stay as they are.
+    """
+    final, temporary = out / f"step-{step:06d}", out / f"step-{step:06d}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        try:
+            fill(temporary)
+        except Exception as e:  # safetensors and diffusers have errors of their own for a full disk
+            raise OSError(
+                f"could not write {final} ({e}): make room, the same command goes on from the checkpoint before it"
+            ) from e
+        for path in [*temporary.rglob("*"), temporary]:
+            pictures.sync(path)
+        if final not in steps_in(out):
+            shutil.rmtree(final, ignore_errors=True)  # of that name, but no checkpoint
+            os.replace(temporary, final)
+        pictures.sync(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in {*out.glob("step-??????")} - {*steps_in(out)[-keep:]}:
+        shutil.rmtree(old)  # what a killed process has half removed, too
+
+
+def newest(out, insist):
+    """The last checkpoint of a run's folder, or None. FileNotFoundError where there is none and `insist`."""
+    found = steps_in(out)
+    if not found and insist:
+        raise FileNotFoundError(f"expected a checkpoint in {out}, found none: leave --resume out to begin")
+    return found[-1] if found else None
+
+
+def save_training(path, trained, optimizer):
+    """Raw weights and AdamW's moments of the trained parameters {name: parameter}, by name, as safetensors."""
+    tensors = {f"weight.{name}": p.detach() for name, p in trained.items()}
+    for key in MOMENTS:
+        tensors |= {f"{key}.{name}": optimizer.state[p][key] for name, p in trained.items() if p in optimizer.state}
+    save_file({name: t.contiguous() for name, t in tensors.items()}, path)
+
+
+def load_training(path, trained, optimizer, step):
+    """Puts back what save_training wrote. ValueError if the file is cut or of another run."""
+    try:
+        tensors = load_file(path)
+        with torch.no_grad():
+            for name, p in trained.items():
+                p.copy_(tensors[f"weight.{name}"])
+                if f"exp_avg.{name}" in tensors:
+                    moments = {key: tensors[f"{key}.{name}"].to(p.device) for key in MOMENTS}
+                    on = p.device if optimizer.defaults["fused"] else "cpu"  # where AdamW keeps its count
+                    optimizer.state[p] = {"step": torch.tensor(float(step), device=on), **moments}
+    except Exception as e:  # safetensors has errors of its own
+        raise ValueError(
+            f"expected the state of a run in {path}, got {e}: delete {path.parent} to go on from before"
+        ) from None
+
+
+@contextlib.contextmanager
+def averaged(trained, ema):
+    """Inside, the trained parameters have their EMA values."""
+    raw = {name: p.detach().clone() for name, p in trained.items()}
+    try:
+        for name, p in trained.items():
+            p.data.copy_(ema[name])
+        yield
+    finally:
+        for name, p in trained.items():
+            p.data.copy_(raw[name])
+
+
+# --- log and grid -------------------------------------------------------------------------------------------------------
+
+
+class Log:
+    """log.jsonl of a run: the terms of Eq. 6, raw and weighted, means over the batch of all processes."""
+
+    def __init__(self, out, rank, world, first):
+        self.path, self.rank, self.world, self.since = out / "log.jsonl", rank, world, time.perf_counter()
+        if not rank:
+            out.mkdir(parents=True, exist_ok=True)
+            trim(self.path, first)
+
+    def mean(self, values):
+        """{name: scalar tensor of this process} -> {name: float}, the mean over the processes: the same in each."""
+        means = torch.stack([v.detach().float() for v in values.values()])
+        if self.world > 1:
+            dist.all_reduce(means)
+            means /= self.world
+        return dict(zip(values, means.tolist(), strict=True))
+
+    def write(self, step, lr, raw, lambdas):
+        """A line; `seconds` are those since the line before it. Returns the loss, the sum of the weighted terms."""
+        raw = dict.fromkeys(lambdas, 0.0) | raw
+        weighted = {name: lambdas[name] * value for name, value in raw.items()}
+        now, loss = time.perf_counter(), sum(weighted.values())
+        line = {"step": step, "seconds": round(now - self.since, 4), "processes": self.world, "lr": lr, "loss": loss}
+        self.since = now
+        try:
+            if not self.rank:
+                with open(self.path, "a") as f:
+                    f.write(json.dumps(line | {"raw": raw, "weighted": weighted}) + "\n")
+        except OSError as e:  # a full disk does not say where
+            raise OSError(
+                f"could not write {self.path}: {e.strerror}; the same command goes on from the last checkpoint"
+            ) from e
+        return loss
+
+
+def trim(path, step):
+    """Drops what a killed run logged after its last checkpoint: those steps are made again."""
+    if path.is_file():
+        whole = [line for line in path.read_text().splitlines() if line.startswith("{") and line.endswith("}}")]
+        kept = "".join(line + "\n" for line in whole if json.loads(line)["step"] <= step)
+        pictures.write_bytes(path, kept.encode())  # whole or not at all: a run can be killed here, too
+
+
+@torch.no_grad()
+def grid(path, data, restore):
+    """Writes LQ | student | X†, a row for each of the first pictures of the cache; restore: (B, 3, S, S) -> the same."""
+    rows = [data[i] for i in range(min(SAMPLES, len(data)))]
+    y, x_target = (torch.stack([r[k] for r in rows]) for k in ("y", "x_target"))
+    x_hat = restore(y).float().cpu()
+    pictures.write_image(path, torch.cat([torch.cat(list(column), 1) for column in (y, x_hat, x_target)], 2))
