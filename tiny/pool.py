@@ -123,7 +123,9 @@ class Pool:
         faces = [path for each in data for path in pictures.find_images([each])]
         if not faces:
             where = ", ".join(map(str, data))
-            raise ValueError(f"expected face pictures in {where}, found none: give a folder with png, jpg or webp files")
+            raise ValueError(
+                f"expected face pictures in {where}, found none: give a folder with png, jpg or webp files"
+            )
         listing = json.dumps([(path.name, path.stat().st_size) for path in faces])
         made_of = dict(seed=seed, size=SIZE, views=VIEWS, sha256=hashlib.sha256(listing.encode()).hexdigest())
         self.faces, self.rows = len(faces), len(faces) * VIEWS

@@ -44,7 +44,6 @@ if __name__ == "__main__":
 
 import copy
 import json
-import math
 
 import timm
 import torch
@@ -102,8 +101,8 @@ def train_vae(args, pool, recipe, bf16):
     def loss_fn(step):
         x = pool.get("hq", pool.batch(recipe.batch, step))
         z = encode(vae, x)
-        noise = 0.1 * torch.rand(len(z), 1, 1, 1, device=z.device) * torch.randn_like(z)  # the UNet's latents are not exact
-        x_hat = decode(vae, z + noise)
+        sigma = 0.1 * torch.rand(len(z), 1, 1, 1, device=z.device)  # the latents that a UNet gives are not exact
+        x_hat = decode(vae, z + sigma * torch.randn_like(z))
         l1, mse = F.l1_loss(x_hat, x), F.mse_loss(x_hat, x)
         loss = l1 + 5 * mse
         if step > recipe.steps // 3:
@@ -132,7 +131,8 @@ class WithHeads(nn.Module):
 
     def __init__(self, size, **heads):
         super().__init__()
-        self.sizes = {"img_size": size, "patch_size": 4, "embed_dim": WIDTH, "depth": 4, "num_heads": 4, "num_classes": 0}
+        self.sizes = {"img_size": size, "patch_size": 4, "embed_dim": WIDTH, "depth": 4, "num_heads": 4}
+        self.sizes["num_classes"] = 0
         self.vit = timm.create_model(VIT, **self.sizes)
         self.heads = nn.ModuleDict({name: nn.Linear(WIDTH, n) for name, n in heads.items()})
 
@@ -223,8 +223,8 @@ def train_flow(args, pool, recipe, bf16):
     def loss_fn(step):
         index = pool.batch(recipe.batch, step)
         x, x_mmse = pool.get("hq", index), pool.get(mmse, index)
-        t = (torch.rand(1, device=x.device) + torch.arange(len(x), device=x.device) / len(x)) % 1  # spread over the batch
-        return teacher.flow_matching_loss(hdit, x_mmse, x, t, torch.randn_like(x), args.sigma_s), {}
+        t = torch.rand(1, device=x.device) + torch.arange(len(x), device=x.device) / len(x)  # spread over the batch
+        return teacher.flow_matching_loss(hdit, x_mmse, x, t % 1, torch.randn_like(x), args.sigma_s), {}
 
     def save(average):
         teacher.PMRF(pmrf.mmse_model, average, args.sigma_s).save_pretrained(args.out / "teacher")
@@ -266,7 +266,8 @@ def train_unet(args, pool, recipe, bf16):
     def loss_fn(step):
         index = pool.batch(recipe.batch, step)
         half = len(index) // 2
-        z, z_y, t = pool.get(z_hq, index), pool.get(z_lq, index[:half]), torch.randint(1000, (len(index),), device=pool.device)
+        z, z_y = pool.get(z_hq, index), pool.get(z_lq, index[:half])
+        t = torch.randint(1000, (len(index),), device=pool.device)
         t[:half] = tau
         alpha, sigma = (v[t].sqrt().view(-1, 1, 1, 1) for v in (alphas_bar, 1 - alphas_bar))
         eps = torch.randn_like(z)
