@@ -186,7 +186,7 @@ def train_dino(args, pool, recipe, bf16):
 # --- the teacher --------------------------------------------------------------------------------------------------------
 
 SWINIR = {"embed_dim": 128, "depths": [3, 3], "num_heads": [4, 4], "num_feat": 0}
-HDIT = {"in_channels": 3, "out_channels": 3, "patch_size": 4, "widths": [64, 128, 256], "depths": [2, 2, 4],
+HDIT = {"in_channels": 3, "out_channels": 3, "patch_size": 4, "widths": [64, 128, 256], "depths": [2, 2, 3],
         "kernel_sizes": [7, 7, None], "d_head": 32, "mapping_width": 128, "mapping_depth": 1}  # fmt: skip
 
 
