@@ -107,7 +107,6 @@ def fill(folder, record, made_of, n, rows_from):
             shape, mode = (n, *values.shape[1:]), "r+" if done else "w+"
             array = open_memmap(folder / f"{name}.npy", mode, None if done else values.dtype, None if done else shape)
             array[done : done + len(values)] = values
-            array.flush()
         done += len(values)
         pictures.write_bytes(record, json.dumps({**made_of, "rows": done}).encode())
 
@@ -161,7 +160,7 @@ class Pool:
         return torch.from_numpy(faces * VIEWS + rng.integers(VIEWS, size=len(faces)))
 
     @torch.no_grad()
-    def derive(self, name, source, network, function, n=64):
+    def derive(self, name, source, network, function, n=128):
         """The name of the array of function(pictures), which depends on the network's weights; made if it is not there."""
         sha256 = weights_sha256(network)
         name = f"{name}-{sha256[:12]}"
