@@ -2,25 +2,25 @@
 
     y = [ (x * k_sigma) down_r + n_delta ]_JPEG_q up_r                                         x, y: (3, H, W) in [0, 1]
 
-The paper says "consistent with Real-ESRGAN" but describes one pass, the pipeline of blind face restoration (GFPGAN,
-Sec. 4.1); that is what is here. Parameters are drawn first (`sample`) and kept with the sample, then `apply` is a pure
-function of picture and parameters. It works in float64 and rounds to 8 bit, so that neither the order of summation nor
-the number of threads shows: the same parameters give the same bytes (the JPEG step needs the same libjpeg).
+The paper says "consistent with Real-ESRGAN" but describes one pass, the pipeline of blind face restoration (GFPGAN, Sec. 4.1):
+that is the default. The ranges `realesrgan` are Real-ESRGAN's own two passes. Left out there is what the paper does not name:
+sinc filters, kernels that are not Gaussian, Poisson and gray noise; and of its two last steps, JPEG comes first.
+Parameters are drawn first (`sample`) and kept with the sample, then `apply` is a pure function of picture and parameters. It
+works in float64 and rounds to 8 bit: the same parameters give the same bytes, on any number of threads, with the same libjpeg.
 
 Usage: params = sample(np.random.default_rng(0), "difface", size=512); y = apply(x, params)
        python degrade.py samples/clean -o samples/degraded --level medium
 """
 
 import argparse
-import dataclasses
-import io
-import math
-import os
-import signal
 import sys
 from pathlib import Path
 
-RANGE_NAMES, LEVEL_NAMES = ("difface", "gfpgan", "codeformer", "codeformer-large"), ("light", "medium", "heavy")
+from plumbing import commands
+from plumbing.commands import complain, enough_memory, say, whole
+
+RANGE_NAMES = ("difface", "gfpgan", "codeformer", "codeformer-large", "realesrgan")
+LEVEL_NAMES = ("light", "medium", "heavy")
 
 
 def parse_args(argv=None):
@@ -30,118 +30,46 @@ def parse_args(argv=None):
     how = p.add_mutually_exclusive_group()
     how.add_argument("--ranges", choices=RANGE_NAMES, default="difface", help="draw the parameters (default difface)")
     how.add_argument("--level", choices=LEVEL_NAMES, help="fixed parameters instead of drawn ones")
-    p.add_argument("--size", type=int, metavar="N", help="crop to a square of N px first (default: leave the size)")
-    p.add_argument("--seed", type=int, default=0, help="seed of parameters and noise (default 0)")
-    args = p.parse_args(argv)
-    if args.size is not None and not 16 <= args.size <= 8192:
-        p.error(f"argument --size: expected 16 to 8192, got {args.size}")
-    if args.seed < 0:
-        p.error(f"argument --seed: expected 0 or more, got {args.seed}")
-    return args
-
-
-def interrupted(*_):
-    os.write(2, b"\ndegrade.py: interrupted\n")
-    if "main" not in globals():  # still importing, where libraries may turn an exit into something else
-        os._exit(130)
-    sys.exit(130)  # raised wherever it is, so that a file in the writing is removed
+    p.add_argument("--size", type=whole(16, 8192), metavar="N", help="first crop to a square of N px")
+    p.add_argument("--seed", type=whole(0), default=0, help="seed of parameters and noise (default 0)")
+    return p.parse_args(argv)
 
 
 if __name__ == "__main__":
-    ARGS = parse_args()  # before torch is imported, so that -h answers at once
-    signal.signal(signal.SIGINT, interrupted)
+    ARGS = commands.begin(parse_args, "what is written is whole")
+
+import dataclasses
+import io
+import math
 
 import numpy as np
 import torch
 from PIL import Image
 
-from plumbing.commands import enough_memory
 from plumbing.pictures import find_images, make_folder, read_image, square, write_image
 
-# Training draws the degradations of face i from (seed, i, repeat), and numpy takes a missing number for 0: (seed, i) would
-# repeat them, one by one, on the pictures that a model is tested with. No training repeats a face so often as this.
-EVALUATION = 2**32 - 1
 
+def apply(x, params):
+    """Degrades a picture: y = [ (x * k_sigma) down_r + n_delta ]_JPEG_q up_r.
 
-@dataclasses.dataclass(frozen=True)
-class Ranges:
-    """What `sample` draws from, uniformly; spatial values for pictures of 512 px."""
-
-    blur: tuple[float, float]  # sigma of the Gaussian, pixels
-    down: tuple[float, float]  # factor r; below 1 the picture is enlarged
-    noise: tuple[float, float]  # standard deviation, grey levels of 255
-    jpeg: tuple[float, float]  # quality
-    gray: float = 0.0  # probability of a gray sample (its target is made gray too)
-    isotropic: float = 0.5  # probability of a round kernel
-    kernel: int = 41  # kernel size, pixels, odd
-
-
-RANGES = {
-    # zsyOAOA/DifFace configs/training/swinir_ffhq512.yaml: the posterior-mean network of PMRF, and PMRF itself
-    "difface": Ranges(blur=(0.1, 15), down=(0.8, 32), noise=(0, 20), jpeg=(30, 100), gray=0.01),
-    # TencentARC/GFPGAN options/train_gfpgan_v1_simple.yml, with its gt_gray variant (no colour jitter)
-    "gfpgan": Ranges(blur=(0.1, 10), down=(0.8, 8), noise=(0, 20), jpeg=(60, 100), gray=0.01),
-    # sczhou/CodeFormer options/CodeFormer_stage3.yml: its small ranges, and its large ones (those of stage 2)
-    "codeformer": Ranges(blur=(0.1, 10), down=(1, 12), noise=(0, 15), jpeg=(60, 100)),
-    "codeformer-large": Ranges(blur=(1, 15), down=(4, 30), noise=(0, 20), jpeg=(30, 80)),
-}
-MIN_DOWN = 0.8  # scaled ranges do not go below: enlarging a small picture more would lose nothing but time
-
-
-@dataclasses.dataclass(frozen=True)
-class Params:
-    """One degradation. `dataclasses.asdict` makes a plain JSON dict of it, `Params(**d)` reads it back."""
-
-    kernel_size: int  # odd, pixels
-    sigma_x: float  # pixels, > 0
-    sigma_y: float
-    theta: float  # radians, from the x axis towards the y axis (downwards)
-    down: float  # factor r > 0
-    noise: float  # standard deviation, grey levels of 255
-    noise_seed: int
-    jpeg: int  # quality 1 ... 100
-    gray: bool = False
-
-    def scaled(self, size):
-        """These parameters, meant for 512 px, for pictures of `size` px: blur and downsampling times size / 512."""
-        k = size / 512
-        spatial = dict(sigma_x=self.sigma_x * k, sigma_y=self.sigma_y * k, down=max(self.down * k, MIN_DOWN))
-        return dataclasses.replace(self, kernel_size=_scale_kernel(self.kernel_size, size), **spatial)
-
-
-LEVELS = {  # for 512 px; our choice: a mild web copy, an old small picture, and close to the far end of "difface"
-    "light": Params(kernel_size=41, sigma_x=1.5, sigma_y=1.5, theta=0.0, down=2, noise=3, noise_seed=0, jpeg=80),
-    "medium": Params(kernel_size=41, sigma_x=4.0, sigma_y=4.0, theta=0.0, down=6, noise=8, noise_seed=0, jpeg=60),
-    "heavy": Params(kernel_size=41, sigma_x=8.0, sigma_y=8.0, theta=0.0, down=16, noise=15, noise_seed=0, jpeg=40),
-}
-
-
-def sample(rng, ranges="difface", size=512):
-    """Draws the parameters of one degradation.
-
-    rng: numpy.random.Generator; ranges: a name in RANGES or a Ranges, for 512 px; size: side of the pictures in pixels,
-    by which blur, kernel and downsampling are scaled (size / 512) while noise and JPEG stay. Returns Params.
+    x: (3, H, W) float32 in [0, 1]. Returns y, same shape, 8-bit values / 255, a function of x and params alone. If
+    params.gray, y is gray and the caller makes the target gray with `to_gray`. Raises ValueError for another shape.
     """
-    r = RANGES[ranges] if isinstance(ranges, str) else ranges
-    k = size / 512
-    sigma_x, sigma_y = (float(s) * k for s in rng.uniform(*r.blur, 2))
-    theta = float(rng.uniform(-math.pi, math.pi))
-    if rng.uniform() < r.isotropic:
-        sigma_y, theta = sigma_x, 0.0
-    low = max(r.down[0] * k, MIN_DOWN)
-    down = float(rng.uniform(low, max(r.down[1] * k, low)))
-    noise, jpeg, gray = float(rng.uniform(*r.noise)), int(rng.uniform(*r.jpeg)), bool(rng.uniform() < r.gray)
-    noise_seed = int(rng.integers(2**32))
-    return Params(_scale_kernel(r.kernel, size), sigma_x, sigma_y, theta, down, noise, noise_seed, jpeg, gray)
+    if x.ndim != 3 or x.shape[0] != 3:
+        raise ValueError(f"expected a picture (3, H, W), got {tuple(x.shape)}: degrade the pictures one by one")
+    y = x.detach().cpu().numpy().astype(np.float64) * 255
+    y = one_pass(y, params.before, x.shape[1:]) if params.before else y  # Real-ESRGAN has two
+    y = bilinear(one_pass(y, params, x.shape[1:]), x.shape[1:])
+    y = to_gray(torch.from_numpy(y)).numpy() if params.gray else y
+    return torch.from_numpy(_round8(y).astype(np.float32) / 255)
 
 
-def level(name, size=512, seed=0):
-    """The fixed parameters LEVELS[name] for pictures of `size` px, with the noise of `seed`."""
-    return dataclasses.replace(LEVELS[name].scaled(size), noise_seed=seed)
-
-
-def _scale_kernel(kernel_size, size):
-    return 2 * max(1, round(kernel_size // 2 * size / 512)) + 1
+def one_pass(y, params, size):
+    """[ (y * k_sigma) down_r + n_delta ]_JPEG_q of y (3, h, w) float64, 0 ... 255; r counts from size = (H, W)."""
+    y = blur(y, _gaussian_kernel(params.kernel_size, params.sigma_x, params.sigma_y, params.theta))
+    y = bilinear(y, [max(1, int(n / params.down)) for n in size])
+    y = y + params.noise * np.random.Generator(np.random.PCG64(params.noise_seed)).standard_normal(y.shape)
+    return jpeg(_round8(y), params.jpeg).astype(np.float64)
 
 
 def gaussian_kernel(size, sigma_x, sigma_y, theta):
@@ -154,10 +82,10 @@ def gaussian_kernel(size, sigma_x, sigma_y, theta):
 
 
 def _gaussian_kernel(size, sigma_x, sigma_y, theta):
-    if size < 1 or size % 2 == 0:
-        raise ValueError(f"expected an odd kernel size, got {size}: use {size + 1}")
-    if not (sigma_x > 0 and sigma_y > 0):
-        raise ValueError(f"expected sigma above 0, got {sigma_x} and {sigma_y}: use 0.1 for hardly any blur")
+    if size < 1 or size % 2 == 0 or not min(sigma_x, sigma_y) > 0:
+        raise ValueError(
+            f"expected an odd size and sigmas > 0, got {size}, {sigma_x}, {sigma_y}: use size + 1, sigma 0.1"
+        )
     y, x = np.mgrid[:size, :size] - size // 2
     u = (x * math.cos(theta) + y * math.sin(theta)) / sigma_x
     v = (y * math.cos(theta) - x * math.sin(theta)) / sigma_y
@@ -208,41 +136,124 @@ def to_gray(x):
     return torch.stack([gray, gray, gray], -3)
 
 
-def apply(x, params):
-    """Degrades a picture: y = [ (x * k_sigma) down_r + n_delta ]_JPEG_q up_r.
-
-    x: (3, H, W) float32 in [0, 1]. Returns y, same shape, 8-bit values / 255, a function of x and params alone. If
-    params.gray, y is gray and the caller makes the target gray with `to_gray`. Raises ValueError for another shape.
-    """
-    if x.ndim != 3 or x.shape[0] != 3:
-        raise ValueError(f"expected a picture (3, H, W), got {tuple(x.shape)}: degrade the pictures one by one")
-    _, H, W = x.shape
-    y = x.detach().cpu().numpy().astype(np.float64) * 255
-    y = blur(y, _gaussian_kernel(params.kernel_size, params.sigma_x, params.sigma_y, params.theta))
-    y = bilinear(y, (max(1, int(H / params.down)), max(1, int(W / params.down))))
-    rng = np.random.Generator(np.random.PCG64(params.noise_seed))
-    y = y + params.noise * rng.standard_normal(y.shape)
-    y = jpeg(_round8(y), params.jpeg).astype(np.float64)
-    y = bilinear(y, (H, W))
-    if params.gray:
-        y = np.broadcast_to(0.299 * y[0] + 0.587 * y[1] + 0.114 * y[2], y.shape)
-    return torch.from_numpy(_round8(y).astype(np.float32) / 255)
-
-
 def _round8(v):
     # through a grid of 2^-24, so that a value a rounding error away from a half rounds like the half itself
     return np.clip(np.round(np.round(v * 2**24) / 2**24), 0, 255).astype(np.uint8)
 
 
-def main(args):
+# --- the parameters: which there are, and how they are drawn ----------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Params:
+    """One degradation. `dataclasses.asdict` makes a plain JSON dict of it, `Params(**d)` reads it back."""
+
+    kernel_size: int  # odd, pixels
+    sigma_x: float  # pixels, > 0
+    sigma_y: float
+    theta: float  # radians, from the x axis towards the y axis (downwards)
+    down: float  # factor r > 0
+    noise: float  # standard deviation, grey levels of 255
+    noise_seed: int
+    jpeg: int  # quality 1 ... 100
+    gray: bool = False
+    before: "Params | None" = None  # the pass before this one
+
+    def __post_init__(self):
+        if isinstance(self.before, dict):  # from JSON
+            object.__setattr__(self, "before", Params(**self.before))
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranges:
+    """What `sample` draws from, uniformly; spatial values for pictures of 512 px."""
+
+    blur: tuple[float, float]  # sigma of the Gaussian, pixels
+    down: tuple  # factor r; below 1 the picture is enlarged. Or ((probability, lowest, highest 1 / r), ...)
+    noise: tuple[float, float]  # standard deviation, grey levels of 255
+    jpeg: tuple[float, float]  # quality
+    gray: float = 0.0  # probability of a gray sample (its target is made gray too)
+    isotropic: float = 0.5  # probability of a round kernel
+    kernel: int | tuple[int, ...] = 41  # kernel size, pixels, odd; or those of which one is drawn; 1: no blur
+    before: "Ranges | None" = None  # the pass before this one
+
+
+RANGES = {
+    # zsyOAOA/DifFace configs/training/swinir_ffhq512.yaml: the posterior-mean network of PMRF, and PMRF itself
+    "difface": Ranges(blur=(0.1, 15), down=(0.8, 32), noise=(0, 20), jpeg=(30, 100), gray=0.01),
+    # TencentARC/GFPGAN options/train_gfpgan_v1_simple.yml, with its gt_gray variant (no colour jitter)
+    "gfpgan": Ranges(blur=(0.1, 10), down=(0.8, 8), noise=(0, 20), jpeg=(60, 100), gray=0.01),
+    # sczhou/CodeFormer options/CodeFormer_stage3.yml: its small ranges, and its large ones (those of stage 2)
+    "codeformer": Ranges(blur=(0.1, 10), down=(1, 12), noise=(0, 15), jpeg=(60, 100)),
+    "codeformer-large": Ranges(blur=(1, 15), down=(4, 30), noise=(0, 20), jpeg=(30, 80)),
+}
+RANGES["realesrgan"] = Ranges(  # xinntao/Real-ESRGAN options/train_realesrnet_x4plus.yml; its pictures end at a quarter
+    blur=(0.2, 1.5), down=((0.3, 1 / 4, 1.2 / 4), (0.4, 0.3 / 4, 1 / 4), (0.3, 1 / 4, 1 / 4)), noise=(1, 25), jpeg=(30, 95),
+    isotropic=0.45 / 0.7, kernel=(1, 1, *range(7, 22, 2)), before=Ranges(
+        blur=(0.2, 3), down=((0.2, 1, 1.5), (0.7, 0.15, 1), (0.1, 1, 1)), noise=(1, 30), jpeg=(30, 95),
+        isotropic=0.45 / 0.7, kernel=tuple(range(7, 22, 2)),
+    ),
+)  # fmt: skip
+MIN_DOWN = 0.8  # scaled ranges do not go below: enlarging a small picture more would lose nothing but time
+
+
+def sample(rng, ranges="difface", size=512):
+    """Draws the parameters of one degradation.
+
+    rng: numpy.random.Generator; ranges: a name in RANGES or a Ranges, for 512 px; size: side of the pictures in pixels:
+    blur, kernel and downsampling are scaled by size / 512, noise and JPEG stay. Returns Params.
+    """
+    r = RANGES[ranges] if isinstance(ranges, str) else ranges
+    k = size / 512
+    before = sample(rng, r.before, size) if r.before else None
+    sigma_x, sigma_y = (float(s) * k for s in rng.uniform(*r.blur, 2))
+    theta = float(rng.uniform(-math.pi, math.pi))
+    if rng.uniform() < r.isotropic:
+        sigma_y, theta = sigma_x, 0.0
+    if len(r.down) == 3:  # Real-ESRGAN's: enlarged, shrunk or kept
+        _, lowest, highest = r.down[rng.choice(3, p=[p for p, _, _ in r.down])]
+        down = 1 / float(rng.uniform(lowest, highest))
+        down = max(down * k, min(down, MIN_DOWN))
+    else:
+        down = float(rng.uniform(*(max(d * k, MIN_DOWN) for d in r.down)))
+    noise, jpeg, gray = float(rng.uniform(*r.noise)), int(rng.uniform(*r.jpeg)), bool(rng.uniform() < r.gray)
+    noise_seed = int(rng.integers(2**32))
+    kernel = scale_kernel(r.kernel if isinstance(r.kernel, int) else int(rng.choice(r.kernel)), size)
+    return Params(kernel, sigma_x, sigma_y, theta, down, noise, noise_seed, jpeg, gray, before)
+
+
+LEVELS = {  # for 512 px; our choice: a mild web copy, an old small picture, and close to the far end of "difface"
+    "light": Params(kernel_size=41, sigma_x=1.5, sigma_y=1.5, theta=0.0, down=2, noise=3, noise_seed=0, jpeg=80),
+    "medium": Params(kernel_size=41, sigma_x=4.0, sigma_y=4.0, theta=0.0, down=6, noise=8, noise_seed=0, jpeg=60),
+    "heavy": Params(kernel_size=41, sigma_x=8.0, sigma_y=8.0, theta=0.0, down=16, noise=15, noise_seed=0, jpeg=40),
+}
+
+
+def level(name, size=512, seed=0):
+    """The fixed parameters LEVELS[name], scaled by size / 512 as in `sample`, with the noise of `seed`."""
+    p, k = LEVELS[name], size / 512
+    spatial = dict(sigma_x=p.sigma_x * k, sigma_y=p.sigma_y * k, down=max(p.down * k, MIN_DOWN))
+    return dataclasses.replace(p, kernel_size=scale_kernel(p.kernel_size, size), noise_seed=seed, **spatial)
+
+
+def scale_kernel(kernel_size, size):
+    return 2 * max(min(1, kernel_size // 2), round(kernel_size // 2 * size / 512)) + 1
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+# Training draws the degradations of face i from (seed, i, repeat), and numpy takes a missing number for 0: (seed, i) would
+# repeat them, one by one, on the pictures that a model is tested with. No training repeats a face so often as this.
+EVALUATION = 2**32 - 1
+
+
+def work(args):
+    """Writes a degraded copy of each picture, and prints its parameters. Returns the exit code."""
     paths = find_images(args.images)
     if not paths:
         raise ValueError(f"expected at least one picture, got none in {' '.join(args.images)}: name another folder")
     targets = [Path(args.out) / f"{path.stem}.png" for path in paths]
     if len(set(targets)) < len(paths) or {t.resolve() for t in targets} & {p.resolve() for p in paths}:
-        raise ValueError(
-            f"expected a new name in {args.out} for each copy, got one twice or an input: rename, or change -o"
-        )
+        raise ValueError(f"expected a new name in {args.out} for each copy, got one twice, or an input: change -o")
     make_folder(args.out)
     failed = 0
     for i, (path, target) in enumerate(zip(paths, targets, strict=True)):
@@ -254,18 +265,16 @@ def main(args):
                 params = level(args.level, size, args.seed) if args.level else sample(rng, args.ranges, size)
                 y = apply(x, params)
         except (ValueError, OSError) as e:
-            print(f"degrade.py: {e}", file=sys.stderr)
-            failed = 1
+            failed = complain(e)
             continue
         write_image(target, y)
-        print(f"{target}  {params}")
+        say(f"{target}  {params}")
     return failed
 
 
+def main(args):
+    return commands.run(work, args)
+
+
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file name need not be valid UTF-8
-    try:
-        sys.exit(main(ARGS))
-    except (ValueError, OSError) as e:
-        print(f"degrade.py: {e}", file=sys.stderr)
-        sys.exit(1)
+    sys.exit(main(ARGS))

@@ -38,6 +38,9 @@ def parse_args(argv=None):
              "which costs it about a third more, so that the bytes never depend on N")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default auto: a GPU if there is one")
     add("--compare", action="store_true", help="write input | restored side by side too, as *_compare.png")
+    add("--metadata", choices=("basic", "gps", "none"), default="basic",
+        help="EXIF data that results keep: date, camera, author, text (default basic); gps: the place, too")  # fmt: skip
+    add("--overwrite", action="store_true", help="replace pictures in the way, too, that this program did not make")
     args = p.parse_args(argv)
     if args.method != "teacher" and (args.steps, args.seed) != (None, None):
         p.error(f"--steps and --seed belong to --method teacher, got --method {args.method}: leave them out")
@@ -53,7 +56,8 @@ import torch
 import torch.nn.functional as F
 
 from plumbing.devices import choose_device
-from plumbing.pictures import make_folder, read_image, resize, write_image
+from plumbing.files import make_folder
+from plumbing.pictures import is_gray, read_picture, resize, write_result
 from plumbing.presets import load_config, locate
 from plumbing.targets import compare_name, plan
 from student import Student
@@ -157,11 +161,13 @@ def load_model(checkpoint="tiny", method="student", device="cpu", steps=25, seed
 def restore(model, size, xs, color_fix="wavelet", device="cpu"):
     """Restores pictures of any sizes in one batch.
 
-    model, size: from load_model; xs: list of (3, H, W) in [0, 1]. Returns a list of (3, H', W') in [0, 1], see from_square.
+    model, size: from load_model; xs: list of (3, H, W) in [0, 1]. Returns a list of (3, H', W') in [0, 1], see from_square. Of
+    a gray picture the result is gray.
     """
     y = torch.stack([to_square(x, size) for x in xs]).to(device)  # (B, 3, S, S)
     x_hat = COLOR_FIXES[color_fix](model(y), y).clamp(0, 1).cpu()
-    return [from_square(x_hat[i], x) for i, x in enumerate(xs)]
+    x_hat = [v.mean(0, keepdim=True).expand(3, -1, -1) if is_gray(x) else v for v, x in zip(x_hat, xs, strict=True)]
+    return [from_square(v, x) for v, x in zip(x_hat, xs, strict=True)]
 
 
 # --- the command ----------------------------------------------------------------------------------------------------------
@@ -170,7 +176,7 @@ def restore(model, size, xs, color_fix="wavelet", device="cpu"):
 def restore_files(args):
     """Restores what the arguments name, says what became of each, and returns 0, or 1 if some failed."""
     device = choose_device(args.device)
-    pairs, errors = plan(args.images, args.out)
+    pairs, errors = plan(args.images, args.out, args.compare, args.overwrite)
     failed = sum(map(commands.complain, errors))
     if not pairs:
         return 1
@@ -178,42 +184,51 @@ def restore_files(args):
     color_fix = args.color_fix or ("wavelet" if args.method == "student" else "none")
     batch = 1 if device.type == "cpu" else args.batch  # the kernels for 1 and for N pictures round differently
     for start in range(0, len(pairs), batch):
-        failed += restore_batch(pairs[start : start + batch], model, size, color_fix, device, args.compare)
+        some = read_batch(pairs[start : start + batch], args.metadata)
+        failed += min(batch, len(pairs) - start) - restore_batch(some, model, size, color_fix, device, args.compare)
     return 1 if failed else 0
 
 
-def restore_batch(pairs, model, size, color_fix, device, compare):
-    """Reads, restores and writes (picture, output) pairs; names what fails on stderr, and returns how many did."""
-    readable, failed = [], 0
+def read_batch(pairs, metadata):
+    """(path, target, Picture) of each of the (path, target) pairs that can be read; the others are named on stderr."""
+    readable = []
     for path, target in pairs:
         try:
-            readable.append((path, target, read_image(path)))
+            readable.append((path, target, read_picture(path, metadata)))
         except (ValueError, OSError) as e:
-            failed += commands.complain(e)
-    begin = time.perf_counter()
+            commands.complain(e)
+    return readable
+
+
+def restore_batch(batch, model, size, color_fix, device, compare):
+    """Restores and writes a batch of (path, target, Picture); names what fails on stderr, and returns how many are done."""
+    begin, done = time.perf_counter(), 0
     try:
-        with commands.enough_memory(", ".join(str(path) for path, *_ in readable), "use smaller pictures or --batch 1"):
-            x_hats = restore(model, size, [x for *_, x in readable], color_fix, device) if readable else []
+        with commands.enough_memory(", ".join(str(path) for path, *_ in batch), "use smaller pictures or --batch 1"):
+            x_hats = restore(model, size, [picture.x for *_, picture in batch], color_fix, device) if batch else []
     except ValueError as e:
-        return failed + len(readable) * commands.complain(e)
-    ms = (time.perf_counter() - begin) * 1000 / max(1, len(readable))
-    for (path, target, x), x_hat in zip(readable, x_hats, strict=True):
+        commands.complain(e)
+        return 0
+    ms = (time.perf_counter() - begin) * 1000 / max(1, len(batch))
+    for (path, target, picture), x_hat in zip(batch, x_hats, strict=True):
         try:
-            write(x, x_hat, target, compare)
+            write(picture, x_hat, target, compare)
         except (ValueError, OSError) as e:
-            failed += commands.complain(e)
+            commands.complain(e)
             continue
-        sizes = [f"{p.shape[2]}x{p.shape[1]}" for p in (x, x_hat)]
-        commands.say(f"{path} {sizes[0]} -> {target} {sizes[1]}, {ms:.0f} ms")
-    return failed
+        (H, W), (h, w) = picture.x.shape[1:], x_hat.shape[1:]
+        detail = f"; {size} px of detail, enlarged to {w} x {h}" if max(H, W) > size else ""
+        commands.say(f"{path} {W}x{H} -> {target} {w}x{h}, {ms:.0f} ms{detail}")
+        done += 1
+    return done
 
 
-def write(x, x_hat, target, compare):
+def write(picture, x_hat, target, compare):
     """Writes the result, and input | result side by side where wanted; OSError if that is not possible."""
     make_folder(target.parent)
-    write_image(target, x_hat)
+    write_result(target, x_hat, like=picture)
     if compare:
-        write_image(compare_name(target), torch.cat([resize(x, x_hat.shape[1:]), x_hat], dim=2))
+        write_result(compare_name(target), torch.cat([resize(picture.x, x_hat.shape[1:]), x_hat], dim=2))
 
 
 def main(args):

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from adapter import SemanticAdapter
 from nets.visual_encoder import VisualEncoder
+from plumbing.devices import constant, dtype_of
 from plumbing.presets import load_config, newest_checkpoint
 from plumbing.published import load_lora, load_schedule, load_unet, load_vae, load_vit, loading
 
@@ -33,12 +34,12 @@ from plumbing.published import load_lora, load_schedule, load_unet, load_vae, lo
 
 def encode(vae, x):
     """z = s E(2x - 1), the mean of the encoder's posterior: x (B, 3, H, W) in [0, 1] -> (B, C, H/8, W/8). Deterministic."""
-    return vae.config.scaling_factor * vae.encode(2 * x - 1).latent_dist.mode().float()
+    return vae.config.scaling_factor * vae.encode((2 * x - 1).to(dtype_of(vae))).latent_dist.mode().float()
 
 
 def decode(vae, z):
     """x = D(z / s), mapped from [-1, 1] to [0, 1] and not clipped: (B, C, h, w) -> (B, 3, 8h, 8w). With gradient."""
-    return (vae.decode(z / vae.config.scaling_factor).sample.float() + 1) / 2
+    return (vae.decode((z / vae.config.scaling_factor).to(dtype_of(vae))).sample.float() + 1) / 2
 
 
 # --- Sec. 3.3.1, what the frozen backbones see --------------------------------------------------------------------------
@@ -48,8 +49,8 @@ def vit_tokens(vit, y):
     """All tokens after the last norm, without projection: y (B, 3, H, W) in [0, 1] -> (B, 1 + N, D), the class token first."""
     c = vit.pretrained_cfg
     y = F.interpolate(y, size=vit.patch_embed.img_size, mode="bicubic", antialias=True, align_corners=False)
-    mean, std = (torch.tensor(c[k], device=y.device, dtype=y.dtype)[:, None, None] for k in ("mean", "std"))
-    return vit.forward_features((y - mean) / std)
+    mean, std = (constant(tuple(c[k]), y.device)[:, None, None] for k in ("mean", "std"))
+    return vit.forward_features(((y - mean) / std).to(dtype_of(vit)))
 
 
 # --- Eq. 5, the one step ------------------------------------------------------------------------------------------------
@@ -122,13 +123,12 @@ class Student(nn.Module):
 
     @classmethod
     def from_published(cls, config):
-        """The student at the start of Stage A: published weights, fresh encoders, adapter at zero. Raises OSError.
-
-        The spatial encoder copies the plain UNet, ControlNet's recipe; only then LCM-LoRA is merged.
-        """
+        """Stage A's start: published weights, fresh encoders, adapter at zero. Raises OSError."""
         vae, unet, alphas_bar = load_vae(config), load_unet(config), load_schedule(config)
         student = cls(config, vae, unet, load_vit(config["clip"]), load_vit(config["dino"]), alphas_bar)
-        if name := config["lcm_lora"]:
+        if name := config[
+            "lcm_lora"
+        ]:  # merged now that the spatial encoder has copied the plain UNet, ControlNet's recipe
             with loading("LCM-LoRA", name, "pytorch_lora_weights.safetensors, 135 MB"):
                 merge_lora(unet, load_lora(name, "pytorch_lora_weights.safetensors", unet))
         return student
@@ -152,9 +152,10 @@ class Student(nn.Module):
         alpha_bar, (c_skip, c_out) = self.alphas_bar[tau], boundary_scalings(tau)
         c = self.context(y)
         z_tau = enter(z_y, alpha_bar, self.config.get("entry", "clean"))  # checkpoints that name none are "clean"
-        down, mid = self.spatial_encoder(z_tau, tau, c, controlnet_cond=y, return_dict=False)
+        z, y, t = z_tau.to(c.dtype), y.to(c.dtype), torch.full((), tau, device=y.device)
+        down, mid = self.spatial_encoder(z, t, c, controlnet_cond=y, return_dict=False)
         residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-        eps = self.unet(z_tau, tau, encoder_hidden_states=c, **residuals).sample
+        eps = self.unet(z, t, encoder_hidden_states=c, **residuals).sample
         x_0 = x0_from_eps(z_tau, eps.float(), alpha_bar)
         return c_skip * z_tau + c_out * x_0
 
@@ -210,8 +211,7 @@ class Student(nn.Module):
         return student.requires_grad_(False)
 
     def load_trained(self, folder, merge=False):
-        """Takes the trained parts of a checkpoint's folder into this student. OSError if a file is missing or cut."""
-        folder = Path(folder)
+        """Takes the trained parts of a checkpoint's folder, a Path. OSError if a file is missing or cut."""
         with loading("student's weights", str(folder), "a checkpoint's safetensors files"):
             self.visual_encoder.load_state_dict(load_file(folder / "visual_encoder.safetensors"))
             self.adapter.load_state_dict(load_file(folder / "adapter.safetensors"))

@@ -64,7 +64,7 @@ class PMRF(nn.Module):
 
     def velocity(self, x_t, t):
         """v(x_t, t) of Eq. 1, with gradient. x_t: (B, 3, H, W); t: in [0, 1], a number or (B,). Like x_t, dtype too."""
-        t = torch.as_tensor(t, dtype=x_t.dtype, device=x_t.device)
+        t = t.to(x_t) if torch.is_tensor(t) else x_t.new_full((), t)  # made there: no GPU is waited for
         if t.ndim > 1 or t.numel() not in (1, len(x_t)):
             raise ValueError(f"expected one t, or one for each of {len(x_t)} pictures, got shape {tuple(t.shape)}")
         return self.model(x_t, t.expand(len(x_t))).to(x_t.dtype)  # under autocast v is rounded, the sum of Eq. 4 is not

@@ -229,7 +229,8 @@ def optimize(run, first):
     for step in bar:
         lr, raw = set_rate(run.optimizer, args.lr, step, args.steps), {}
         for part in range(1, args.accumulate + 1):
-            batch = to_device(next(batches), run.device)
+            batch = next(batches)  # the pictures' numbers stay on the CPU: to ask a GPU for them is to wait for it
+            batch |= {k: v.to(run.device, non_blocking=True) for k, v in batch.items() if k != "index"}
             more = run.world > 1 and part < args.accumulate  # until the last part, gradients stay on their process
             with run.one_step.no_sync() if more else contextlib.nullcontext():
                 with run.autocast():
@@ -248,11 +249,6 @@ def optimize(run, first):
         update_ema(run.ema, run.trained, step)
         if saves:
             save(run, step)
-
-
-def to_device(batch, device):
-    """The batch on the device, but for the pictures' numbers: a step that asked a GPU for them would wait for it."""
-    return {k: v if k == "index" else v.to(device, non_blocking=True) for k, v in batch.items()}
 
 
 def check_finite(values, step, out):

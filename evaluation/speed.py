@@ -1,7 +1,9 @@
-"""Time and memory a picture (Tab. 1, "Time"): the student's one step and its parts beside the teacher's K steps.
+"""Time, FLOPs and memory a picture (Tab. 1, "Time"): the student's one step and its parts, the teacher's K steps, diffusers.
 
-Medians of several runs after one to warm up, one picture at a time, float32, on the device of the models. Used by
-`python evaluate.py speed`, which loads the models and prints the tables: (header, rows) each.
+Every row is measured in one run on one machine: FLOPs by torch's counter (a multiplication and an addition are two), time as
+the median of several runs after one that is not counted, and the share of this machine's peak that the row reaches. Peak: the
+better of a large matrix product and a convolution of the VAE's shape. Time does not depend on the weights' values, so
+random weights of the published sizes serve. Used by `python evaluate.py speed`.
 """
 
 import ctypes
@@ -12,39 +14,35 @@ from pathlib import Path
 import timm
 import torch
 from diffusers import AutoencoderKL, LCMScheduler, UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
 
+from nets.hdit import HDiT
+from nets.swinir import SwinIR
+from plumbing.devices import synchronize
+from plumbing.published import HDIT, SWINIR
 from student import Student, decode, encode
-from teacher import HDIT, PMRF, SWINIR, HDiT, SwinIR
+from teacher import PMRF
+
+PAPER = 7.5  # times the student's: PMRF's 25 steps in Tab. 1
+GRAPH, COMPILED = "replayed as a CUDA graph", "compiled"
 
 
-def whole_table(student, teacher, y, steps, repeats, one_step=False):
-    """Student, posterior mean and teacher at each K of steps, on the picture y (1, 3, S, S).
+# --- what is measured -----------------------------------------------------------------------------------------------------
 
-    one_step: time the posterior mean and a single Euler step, and compute mmse + K x step from them, since a step costs
-    the same wherever it starts. The rows say so.
+
+def methods(student, teacher, y, steps, one_step):
+    """{row: function of no argument} for the pictures y (B, 3, S, S): student, posterior mean, teacher at each K of steps.
+
+    one_step: a single Euler step instead of the teacher, since a step costs the same wherever it starts.
     """
-    runs = {"student, 1 step": lambda: student(y), "posterior mean": lambda: teacher.posterior_mean(y)}
+    eps = torch.randn_like(y)
+    rows = {"student, 1 step": lambda: student(y), "posterior mean": lambda: teacher.posterior_mean(y)}
     if one_step:
-        runs["one Euler step"] = lambda: teacher.velocity(y, 0.0)
-    else:
-        runs |= {f"teacher, {k} step{'s' * (k > 1)}": lambda k=k: teacher.restore(y, steps=k) for k in steps}
-    ms = {name: median_ms(run, repeats, y.device) for name, run in runs.items()}
-    memory = {name: working_memory(run, y.device) for name, run in runs.items()}
-    if one_step:
-        ms |= {
-            f"teacher, {k} step{'s' * (k > 1)} (computed)": ms["posterior mean"] + k * ms["one Euler step"]
-            for k in steps
-        }
-    first = ms["student, 1 step"]
-    rows = [[name, f"{t:.1f}", f"{t / first:.2f}", memory.get(name, "as one step")] for name, t in ms.items()]
-    return ["", "ms a picture", "times the student", "memory beyond the weights, MB"], rows
-
-
-def parts_table(student, y, repeats):
-    """The parts of the student's one step, each run alone with what it gets in a real step, and its share of their sum."""
-    ms = {name: median_ms(run, repeats, y.device) for name, run in parts(student, y).items()}
-    rows = [[name, f"{t:.1f}", f"{100 * t / sum(ms.values()):.0f} %"] for name, t in ms.items()]
-    return ["part of the student", "ms", "share"], rows
+        return rows | {"one Euler step": lambda: teacher.velocity(y, 0.0)}
+    plural = {k: "s" * (k > 1) for k in steps}
+    return rows | {
+        f"teacher, {k} step{plural[k]}": lambda k=k: teacher.transport(teacher.posterior_mean(y), eps, k) for k in steps
+    }
 
 
 def parts(student, y):
@@ -67,11 +65,132 @@ def parts(student, y):
         return lambda: inner[name](*args, **kwargs)
 
     return {
-        "VAE encoder": lambda: encode(student.vae, y),
-        "CLIP and DINOv2": lambda: student.features(y),
-        **{name: run(name) for name in ("visual encoder", "spatial encoder", "UNet")},
-        "VAE decoder": lambda: decode(student.vae, z),
+        "- VAE encoder": lambda: encode(student.vae, y),
+        "- CLIP and DINOv2": lambda: student.features(y),
+        **{f"- {name}": run(name) for name in ("visual encoder", "spatial encoder", "UNet")},
+        "- VAE decoder": lambda: decode(student.vae, z),
     }
+
+
+def pipeline(student, y, steps=(1, 4)):
+    """{row: function}: diffusers' ControlNet pipeline with its LCM scheduler, from the student's own networks.
+
+    It starts from noise and sees y through the ControlNet alone: no VAE encoder, no CLIP, no DINOv2; its context is given. No
+    rows for the tiny preset, whose autoencoder it does not take.
+    """
+    if not isinstance(student.vae, AutoencoderKL):
+        return {}
+    from diffusers import StableDiffusionControlNetPipeline  # imports transformers
+
+    pipe = StableDiffusionControlNetPipeline(
+        vae=student.vae, text_encoder=None, tokenizer=None, unet=student.unet, controlnet=student.spatial_encoder,
+        scheduler=LCMScheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    with torch.inference_mode():
+        given = dict(image=y, prompt_embeds=student.context(y), guidance_scale=1.0, output_type="pt")
+
+    def run(k):
+        return lambda: pipe(**given, num_inference_steps=k, generator=torch.Generator().manual_seed(0)).images
+
+    return {f"diffusers' pipeline, {k} step{'s' * (k > 1)}": run(k) for k in steps}
+
+
+def peaks(device, dtype):
+    """TFLOP/s of this machine in dtype: a large matrix product, and a 3 x 3 convolution of 256 channels at the VAE's 256 px."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    x = torch.randn(8 if device.type == "cuda" else 1, 256, 256, 256, device=device, dtype=dtype)
+    conv = torch.nn.Conv2d(256, 256, 3, padding=1, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    x = x.to(memory_format=torch.channels_last)
+    work = {"matrix product": (lambda: a @ b, 2 * n**3), "convolution": (lambda: conv(x), 18 * 256 * x.numel())}
+    return {name: flop / median_ms(run, 10, device) / 1e9 for name, (run, flop) in work.items()}
+
+
+# --- the table ------------------------------------------------------------------------------------------------------------
+
+
+def table(student, teacher, size, device, precision, batches, steps, repeats, one_step=False, compiled=False):
+    """(header, rows, notes) of all that is measured; student and teacher stand on `device` in `precision`.
+
+    batches: pictures at once, of each a block of rows; the parts and the pipeline with the first alone. compiled: torch.compile
+    too (minutes). On a GPU also each row as a CUDA graph, which shows what launching its kernels one by one costs.
+    """
+    peak, rows, first = peaks(device, {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]), [], {}
+    ways = [""] + [GRAPH] * (device.type == "cuda") + [COMPILED] * compiled
+    for batch in batches:
+        y = torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+        work = methods(student, teacher, y, steps, one_step)
+        if batch == batches[0]:
+            work |= parts(student, y) | pipeline(student, y)
+        for name, run in work.items():
+            for way in ways:
+                if way and (name.startswith("diffusers") or (way == COMPILED and name.startswith("- "))):
+                    continue  # the pipeline waits for the GPU in between, and a user takes it as it is
+                row = measure(run, way, repeats, device, batch)
+                first.setdefault(name, row)
+                rows.append([name, batch, way or "eager", *cells(row, first["student, 1 step"], max(peak.values()))])
+    header = ["", "batch", "run", "TFLOP a face", "ms a face", "times the student", "share of the peak"]
+    header += ["memory beyond the weights, MB", "seconds to prepare"]
+    return header, rows, notes(peak, first, steps, one_step)
+
+
+def cells(row, student, peak):
+    """A row of numbers as text. peak: TFLOP/s."""
+    texts = [f"{row['tflop']:.3g}", f"{row['ms']:.1f}", f"{row['ms'] / student['ms']:.2f}"]
+    return [*texts, f"{100 * row['tflop'] / row['ms'] * 1e3 / peak:.0f} %", row["memory"], f"{row['prepared']:.1f}"]
+
+
+def notes(peak, first, steps, one_step):
+    """Lines under the table: the peak, and how teacher and student compare in time and in FLOPs beside the paper."""
+    lines = ["Peak, TFLOP/s: " + ", ".join(f"{name} {value:.3g}" for name, value in peak.items())]
+    student, mean = first["student, 1 step"], first["posterior mean"]
+    for k in steps:
+        if one_step:
+            step = first["one Euler step"]
+            teacher = {key: mean[key] + k * step[key] for key in ("ms", "tflop")}  # computed, not measured
+        else:
+            teacher = first[f"teacher, {k} step{'s' * (k > 1)}"]
+        ratios = [teacher[key] / student[key] for key in ("ms", "tflop")]
+        line = f"Teacher, {k} steps{' (computed)' * one_step}: {teacher['ms']:.0f} ms, "
+        line += f"{ratios[0]:.2f} times the student's time, {ratios[1]:.2f} times its FLOPs"
+        lines.append(line + f" (the paper's Tab. 1: {PAPER} times)" * (k == 25))
+    return lines
+
+
+# --- measuring ------------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def measure(run, way, repeats, device, batch):
+    """A dict of tflop and ms a face, memory, and the seconds that the first run or the preparation took."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    synchronize(device)
+    start = time.perf_counter()
+    if way == GRAPH:
+        run = as_graph(run)
+    if way == COMPILED:
+        run = torch.compile(run, mode="reduce-overhead" if device.type == "cuda" else "default")
+    run(), run(), run()  # compiled at the first, recorded as a graph at the second
+    synchronize(device)
+    prepared = time.perf_counter() - start
+    memory = working_memory(run, device)
+    tflop = counter.get_total_flops() / batch / 1e12
+    return dict(tflop=tflop, ms=median_ms(run, repeats, device) / batch, memory=memory, prepared=prepared)
+
+
+def as_graph(run):
+    """The kernels of one run, recorded: launching them is then one call. The inputs stay what they were."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run(), run()  # what is made once must be there before
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 @torch.inference_mode()
@@ -85,12 +204,6 @@ def median_ms(run, repeats, device):
         synchronize(device)
         times.append((time.perf_counter() - start) * 1000)
     return statistics.median(times[1:])
-
-
-def synchronize(device):
-    """Waits for a GPU's work; torch.device or its name."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
 
 
 @torch.inference_mode()
@@ -112,21 +225,23 @@ def working_memory(run, device):
     return f"{(int(status.read_text().split('VmHWM:')[1].split()[0]) - before) * 1.024e-3:.0f}"
 
 
-def random_models(config):
-    """Student and teacher in the published sizes with random weights, for times where no published weights are at hand.
+def random_models(config, device):
+    """Student and teacher in the published sizes with random weights, made on the device, float32.
 
-    config: load_config("paper"). The VAE, UNet and schedule are SD v1.5's, the teacher is PMRF's; LCM-LoRA would be fused, so
-    it costs nothing; the LoRA of Stage B is there.
+    config: load_config("paper"). The VAE, UNet and schedule are SD v1.5's, the teacher is PMRF's. LCM-LoRA and Stage B's LoRA
+    are merged into the weights when a student is loaded, so they cost nothing.
     """
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4, scaling_factor=0.18215,
-    )  # fmt: skip
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-    clip, dino = (
-        timm.create_model(entry["name"], num_classes=0, **{k: v for k, v in entry.items() if k != "name"}).eval()
-        for entry in (config["clip"], config["dino"])
-    )
-    student = Student({**config, "lcm_lora": None}, vae, unet, clip, dino, LCMScheduler().alphas_cumprod)
-    student.add_lora()
-    return student.eval().requires_grad_(False), PMRF(SwinIR(**SWINIR), HDiT(**HDIT)).eval().requires_grad_(False)
+    with torch.device(device):
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4, scaling_factor=0.18215,
+        )  # fmt: skip
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+        clip, dino = (
+            timm.create_model(entry["name"], num_classes=0, **{k: v for k, v in entry.items() if k != "name"})
+            for entry in (config["clip"], config["dino"])
+        )
+        alphas_bar = LCMScheduler().alphas_cumprod.tolist()
+        student = Student(config | {"lcm_lora": None}, vae, unet, clip, dino, alphas_bar)
+        teacher = PMRF(SwinIR(**SWINIR), HDiT(**HDIT))
+    return student.eval().requires_grad_(False), teacher.eval().requires_grad_(False)

@@ -6,17 +6,22 @@ import io
 from evaluation.metrics import mean_interval
 from plumbing.pictures import make_folder, write_bytes
 
-TITLES = {
-    "psnr": "PSNR ↑",
-    "ssim": "SSIM ↑",
-    "lpips": "LPIPS ↓",
-    "lpips-vgg": "LPIPS-VGG ↓",
+TITLES = {  # which variant is measured stands beside the name
+    "psnr": "PSNR (RGB) ↑",
+    "ssim": "SSIM (RGB) ↑",
+    "mse": "MSE (of 255²) ↓",
+    "lpips": "LPIPS (Alex) ↓",
+    "lpips-vgg": "LPIPS (VGG) ↓",
     "fid": "FID ↓",
     "kid": "KID ↓",
     "precision": "Precision ↑",
+    "musiq": "MUSIQ (pyiqa) ↑",
+    "niqe": "NIQE (pyiqa) ↓",
+    "ids": "IDS (cosine) ↑",
+    "deg": "Deg (°) ↓",
+    "ms": "ms a face",
 }
-TITLES |= {"musiq": "MUSIQ ↑", "niqe": "NIQE ↓", "ms": "ms a face"}
-DIGITS = {"psnr": 2, "musiq": 2, "niqe": 2}  # the others have 4
+DIGITS = {"psnr": 2, "mse": 1, "musiq": 2, "niqe": 2, "deg": 2}  # the others have 4
 
 
 def interval(values, metric):

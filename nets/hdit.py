@@ -6,7 +6,7 @@ Letters: B pictures, h x w tokens of C channels, d channels a head. Tokens are k
 """
 
 import math
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn as nn
@@ -29,6 +29,22 @@ def windows(length, kernel_size, tile, device):
     return q, k, (offset >= 0) & (offset < kernel_size)
 
 
+@lru_cache(maxsize=16)  # the same in every layer, step and picture
+@torch.inference_mode(False)  # so that a training may use them, too
+def tiles(B, H, W, kernel_size, device):
+    """Both axes, in tiles: the tokens (B tiles, tokens) of the queries and of the keys, numbered through the batch, and who
+    sees whom, (B tiles, 1, queries, keys)."""
+    q_h, k_h, seen_h = windows(H, kernel_size, min(TILE, H), device)
+    q_w, k_w, seen_w = windows(W, kernel_size, min(TILE, W), device)
+
+    def tokens(rows, cols):
+        token = (rows[:, None, :, None] * W + cols[:, None]).flatten(2).flatten(0, 1)  # (tiles, tokens)
+        return (token + H * W * torch.arange(B, device=device)[:, None, None]).flatten(0, 1)
+
+    seen = (seen_h[:, None, :, None, :, None] & seen_w[:, None, :, None]).flatten(4).flatten(2, 3).flatten(0, 1)
+    return tokens(q_h, q_w), tokens(k_h, k_w), seen.repeat(B, 1, 1)[:, None]
+
+
 def neighborhood_attention(q, k, v, kernel_size):
     """softmax(q . k) v, where each query sees kernel_size x kernel_size keys; at the borders the window moves inward.
 
@@ -38,18 +54,15 @@ def neighborhood_attention(q, k, v, kernel_size):
     B, H, W, heads, d = q.shape
     if not 1 <= kernel_size <= min(H, W):
         raise ValueError(f"expected at least {kernel_size} x {kernel_size} tokens, the window, got {H} x {W}: enlarge")
-    q_h, k_h, seen_h = windows(H, kernel_size, min(TILE, H), q.device)
-    q_w, k_w, seen_w = windows(W, kernel_size, min(TILE, W), q.device)
+    queries, keys, seen = tiles(B, H, W, kernel_size, q.device)
 
-    def gather(z, rows, cols):  # -> (B tiles, heads, tokens, d); as an embedding, since its backward is the fast one
-        token = (rows[:, None, :, None] * W + cols[:, None]).flatten(2).flatten(0, 1)  # (tiles, tokens)
-        token = token + H * W * torch.arange(B, device=z.device)[:, None, None]
-        return F.embedding(token, z.reshape(-1, heads * d)).unflatten(-1, (heads, d)).flatten(0, 1).transpose(1, 2)
+    def gather(z, token):  # -> (B tiles, heads, tokens, d); as an embedding, since its backward is the fast one
+        return F.embedding(token, z.reshape(-1, heads * d)).unflatten(-1, (heads, d)).transpose(1, 2)
 
-    seen = (seen_h[:, None, :, None, :, None] & seen_w[:, None, :, None]).flatten(4).flatten(2, 3).flatten(0, 1)
-    q, k, v = gather(q, q_h, q_w), gather(k, k_h, k_w), gather(v, k_h, k_w)
-    z = F.scaled_dot_product_attention(q, k, v, attn_mask=seen.repeat(B, 1, 1)[:, None], scale=1.0).transpose(1, 2)
-    z = z.reshape(B, len(q_h), len(q_w), q_h.shape[1], q_w.shape[1], heads, d).transpose(2, 3)
+    q, k, v = gather(q, queries), gather(k, keys), gather(v, keys)
+    z = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=1.0).transpose(1, 2)
+    rows, cols = min(TILE, H), min(TILE, W)
+    z = z.reshape(B, -(-H // rows), -(-W // cols), rows, cols, heads, d).transpose(2, 3)
     return z.flatten(3, 4).flatten(1, 2)[:, :H, :W]
 
 
@@ -59,6 +72,8 @@ def global_attention(q, k, v):
     return z.transpose(1, 2).unflatten(1, q.shape[1:3])
 
 
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def rotation(h, w, heads, d_head, device, dtype=torch.float32):
     """cos and sin, each (h, w, heads, d_head / 4), of the axial RoPE: angles of the row, then of the column.
 
@@ -237,10 +252,11 @@ class HDiT(nn.Module):
         if x.ndim != 4 or x.shape[1] != self.config["in_channels"] or x.shape[2] % cell or x.shape[3] % cell:
             want = f"(B, {self.config['in_channels']}, H, W), H and W multiples of {cell}"
             raise ValueError(f"expected {want}, got {tuple(x.shape)}: resize first")
-        time = self.time_emb(t)
-        aug = (torch.arange(time.shape[1], device=t.device) < time.shape[1] // 2).to(time.dtype)  # features of zeros
+        dtype = self.time_in_proj.weight.dtype
+        time = self.time_emb(t).to(dtype)
+        aug = (torch.arange(time.shape[1], device=t.device) < time.shape[1] // 2).to(dtype)  # features of zeros
         cond = self.mapping(self.time_in_proj(time) + self.aug_in_proj(aug))  # (B, mapping_width)
-        x, skips = self.patch_in(x.permute(0, 2, 3, 1)), []  # (B, h, w, C)
+        x, skips = self.patch_in(x.permute(0, 2, 3, 1).to(dtype)), []  # (B, h, w, C)
         for level, merge in zip(self.down_levels, self.merges, strict=True):
             skips.append(level(x, cond))
             x = merge(skips[-1])

@@ -6,12 +6,22 @@ clipped. Letters: B pictures, h x w tokens of C channels, d channels a head.
 """
 
 from collections import OrderedDict
+from functools import cache, lru_cache
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 WINDOW = 8  # tokens a side of a window, and pixels a side of a token
+
+
+@cache
+@torch.inference_mode(False)  # so that a training may use it, too
+def relative_position(device):
+    """(64, 64): the row of the bias table that belongs to a pair of tokens in a window."""
+    i = torch.arange(WINDOW, device=device)
+    offset = i[:, None] - i + WINDOW - 1  # 0 to 14, along one axis
+    return (offset[:, None, :, None] * (2 * WINDOW - 1) + offset[:, None]).view(WINDOW**2, WINDOW**2)
 
 
 class WindowAttention(nn.Module):
@@ -27,10 +37,8 @@ class WindowAttention(nn.Module):
     def forward(self, x, mask):
         """x: (B, windows, 64, C). mask: (windows, 1, 64, 64), added to the scores, or 0."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5)  # (B, windows, heads, 64, d)
-        i = torch.arange(WINDOW, device=x.device)
-        offset = i[:, None] - i + WINDOW - 1  # 0 to 14, along one axis
-        index = (offset[:, None, :, None] * (2 * WINDOW - 1) + offset[:, None]).view(WINDOW**2, WINDOW**2)
-        bias = self.relative_position_bias_table[index].permute(2, 0, 1) + mask  # ([windows,] heads, 64, 64)
+        bias = self.relative_position_bias_table[relative_position(x.device)].permute(2, 0, 1)  # (heads, 64, 64)
+        bias = bias + mask  # ([windows,] heads, 64, 64)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
         return self.proj(x.transpose(2, 3).flatten(3))
 
@@ -72,6 +80,8 @@ class SwinLayer(nn.Module):
         return x + self.conv(z.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def shifted_window_mask(h, w, device):
     """(windows, 64, 64): -100 between tokens that only the cyclic shift by half a window has put together, else 0."""
     rows, cols = (torch.arange(n, device=device) for n in (h, w))
@@ -130,9 +140,11 @@ class SwinIR(nn.Module):
         h, w = (-(-n // WINDOW) for n in y.shape[-2:])
         if y.ndim != 4 or y.shape[1] != 3 or h % WINDOW or w % WINDOW or not h * w:
             raise ValueError(f"expected (B, 3, H, W), sides in (64 n - 8, 64 n], got {tuple(y.shape)}: resize first")
-        mean = y.new_tensor([0.4488, 0.4371, 0.4040]).view(3, 1, 1)
+        mean = torch.stack(
+            [y.new_full((1, 1), m) for m in (0.4488, 0.4371, 0.4040)]
+        )  # made there: no GPU is waited for
         y = F.pad(y, (0, 8 * w - y.shape[3], 0, 8 * h - y.shape[2]), mode="reflect") - mean
-        shallow = self.conv_first(y)  # (B, C, h, w)
+        shallow = self.conv_first(y.to(self.conv_first[1].weight.dtype))  # (B, C, h, w)
         x, mask = self.patch_embed["norm"](shallow.permute(0, 2, 3, 1)), shifted_window_mask(h, w, y.device)
         for layer in self.layers:
             x = layer(x, mask)

@@ -121,9 +121,12 @@ def interrupted():
 
 def say(text):
     """Prints a line at once. Output that nobody reads, as after `| head -1` or `>&-`, is no failure."""
-    with contextlib.suppress(BrokenPipeError):
-        print(text, flush=True)
-        return
+    try:
+        return print(text, flush=True)
+    except BrokenPipeError:
+        pass
+    except OSError as e:  # a full disk
+        complain(f"expected to print, got {e.strerror}: the lines end here, the work goes on")
     sys.stdout = open(os.devnull, "w")  # Python would try to flush the rest at its end
 
 

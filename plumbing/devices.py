@@ -1,6 +1,8 @@
 """Where and how the networks compute: the device, its precision, the processes of torchrun; once for all scripts."""
 
 import os
+from functools import cache
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -29,6 +31,50 @@ def choose_device(name="auto"):
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+# Below this many parameters bf16 gains nothing on a CPU
+SMALL = 50_000_000
+
+
+def precision_of(name, device, parameters):
+    """ "fp32" or "bf16" for the same or "auto": bf16 on a GPU, and on a CPU with AMX for a network that is not small.
+
+    A function of the machine and the size alone, never of a timing, so that the same machine gives the same bytes.
+    """
+    if name != "auto":
+        return name
+    return "bf16" if device.type == "cuda" or (has_amx() and parameters > SMALL) else "fp32"
+
+
+def has_amx():
+    """Whether the CPU multiplies matrices in bf16 (Intel's AMX); known on Linux alone."""
+    flags = Path("/proc/cpuinfo")
+    return flags.is_file() and "amx_bf16" in flags.read_text()
+
+
+def prepare(network, device, precision):
+    """A frozen network, ready to compute: on the device, weights in `precision`, those of convolutions with channels last.
+
+    Buffers keep their precision: HDiT's frequencies of time are among them. Who calls a network casts what goes in and out.
+    """
+    network = network.to(device, memory_format=torch.channels_last)
+    if precision == "bf16":
+        for p in network.parameters():
+            p.data = p.data.to(torch.bfloat16)
+    return network.requires_grad_(False)
+
+
+def dtype_of(network):
+    """The precision of its weights, in which a network takes its input."""
+    return next(network.parameters()).dtype
+
+
+@cache
+@torch.inference_mode(False)  # so that a training may use it, too
+def constant(values, device):
+    """A tuple of numbers as a float32 tensor on the device, made once: to make it anew, the host would wait for a GPU."""
+    return torch.tensor(values, device=device)
 
 
 def processes():

@@ -1,111 +1,195 @@
-"""Reading and writing pictures safely; nothing else.
+"""Pictures: files to tensors and back.
 
-Pictures are tensors (3, H, W), float32 in [0, 1], RGB, row 0 at the top. Files are PNG, JPEG or WebP and are recognised
-by what is in them, so a PNG named .jpg is read as the PNG it is. Colour profiles are ignored: values are taken as sRGB.
+Pictures are tensors (3, H, W), float32 in [0, 1], sRGB, row 0 at the top. Files are recognised by what is in them, so a
+PNG named .jpg is read as the PNG it is. What a file holds beside the colours stays with them in a Picture.
 
 Usage: for path in find_images(["folder", "face.png"]): write_image(out / path.name, read_image(path))
+       picture = read_picture("face.png"); write_result("face_restored.png", x_hat, like=picture)
 """
 
 import contextlib
+import dataclasses
 import io
-import os
-import secrets
+import logging
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, PngImagePlugin
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+from plumbing.colours import SRGB, to_srgb
+from plumbing.files import NEEDS, SUFFIXES, find_images, make_folder, read_file, sync, write_bytes  # noqa: F401
+from plumbing.metadata import keep_exif, mark
+
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP") + (() if ".avif" in NEEDS else ("AVIF",))
 MAX_PIXELS = 64 * 2**20  # 8192 x 8192; reading one takes about 2 GB
-warnings.filterwarnings("ignore", module=r"PIL\.")  # on odd EXIF data, and its own size limit: ours is in decode_image
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is higher than ours
+PngImagePlugin.MAX_TEXT_CHUNK = 16 * 2**20  # bytes, of an ICC profile too: Pillow's 1 MB is less than a scanner's
+warnings.filterwarnings("ignore", module=r"PIL\.")  # on odd EXIF data
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it says of damaged files names none
 
 
-def find_images(paths):
-    """Picture files: files as given, folders searched recursively and sorted; each file once, in order of appearance.
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A picture, and what a result should keep of its file."""
 
-    paths: one path or several. Returns a list of Path, empty if the folders hold no picture. Hidden files and folders
-    (names with a leading dot) inside a folder are passed over. Raises FileNotFoundError for a path that does not exist,
-    ValueError for a file with a suffix outside SUFFIXES, PermissionError for a folder that cannot be read.
-    """
-    found = []
-    for path in [Path(paths)] if isinstance(paths, (str, os.PathLike)) else map(Path, paths):
-        if path.is_dir():
-            found += sorted(_walk(path), key=lambda p: p.as_posix())
-        elif not path.exists():
-            raise FileNotFoundError(f"expected a picture or a folder, got {path}, which does not exist: check the path")
-        elif path.suffix.lower() not in SUFFIXES:
-            raise ValueError(f"expected a picture ({', '.join(SUFFIXES)}), got {path}: convert it or leave it out")
-        else:
-            found.append(path)
-    return list(dict.fromkeys(found))
+    x: torch.Tensor  # (3, H, W) in [0, 1], laid over white
+    alpha: torch.Tensor | None = None  # (1, H, W) in [0, 1], 1 is opaque; None if the file has none
+    exif: bytes = b""  # see keep_exif
 
 
-def _walk(folder):
-    def fail(error):  # os.walk would pass over an unreadable folder in silence
-        raise PermissionError(
-            f"expected a folder that can be read, got {error.filename} ({error.strerror}): change its rights or leave it out"
-        )
+class Refused(ValueError):
+    """A picture that is not read, though it may be whole; the message says why."""
 
-    for root, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
-                yield Path(root, name)
+
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 def read_image(path):
-    """The picture in a file as (3, H, W) float32 in [0, 1].
+    """The picture in a file as (3, H, W) float32 in [0, 1], sRGB.
 
-    The EXIF orientation is applied, gray and palette pictures become RGB, transparency is laid over white, 16-bit gray
-    keeps its precision, and of an animation the first frame is taken. Raises OSError if the file cannot be opened and
-    ValueError, naming the file, if it is no PNG, JPEG or WebP, is truncated or damaged, or has more than MAX_PIXELS.
+    The EXIF orientation is applied and an ICC profile converted to sRGB. Gray, palette and CMYK pictures become RGB,
+    transparency is laid over white, 16-bit gray keeps its precision, and of an animation the first frame is taken.
+    Raises OSError if the file cannot be opened and ValueError, naming the file, if it is none of FORMATS, is truncated or
+    damaged, or has more than MAX_PIXELS. HEIC needs the package pillow-heif.
     """
-    return decode_image(read_file(path), path)
+    return read_picture(path).x
 
 
-def read_file(path):
-    """The bytes of a file. OSError for what is none: to open a named pipe, say, would be to wait for ever."""
-    try:
-        if Path(path).exists() and not Path(path).is_file():
-            raise OSError(f"expected a file, got {path}, which is none: leave it out")
-        return Path(path).read_bytes()
-    except FileNotFoundError as e:
-        raise FileNotFoundError(f"expected a picture, got {path}, which does not exist: check the path") from e
-    except PermissionError as e:
-        raise PermissionError(f"expected a file that can be read, got {path} ({e.strerror}): change its rights") from e
+def read_picture(path, metadata="basic"):
+    """As read_image, but a Picture: with its transparency and what is kept of its EXIF data (metadata: see keep_exif)."""
+    return decode_picture(read_file(path), path, metadata)
 
 
 def decode_image(data, name):
     """As read_image, of a file's bytes; name stands for the file in messages."""
+    return decode_picture(data, name).x
+
+
+def decode_picture(data, name, metadata="basic"):
+    """As read_picture, of a file's bytes; name stands for the file in messages."""
     try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
-            width, height = image.size
-            if width * height <= MAX_PIXELS:
-                image.load()
-                return _to_tensor(ImageOps.exif_transpose(image))
+        image = _load(data, name)
+        exif = keep_exif(image, metadata)
+        return Picture(*_to_tensors(_turned(image), name), exif)
+    except Refused:
+        raise
     except MemoryError:
         raise ValueError(f"expected enough memory for {name}, got too little: make it smaller first") from None
-    except Image.DecompressionBombError:
-        width = height = None
     except Exception as e:  # Pillow's decoders raise OSError, SyntaxError, struct.error, zlib.error ... on damaged data
-        what = "a PNG, JPEG or WebP picture" if isinstance(e, Image.UnidentifiedImageError) else "a whole picture"
+        kinds = f"a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} picture"
+        what = kinds if isinstance(e, Image.UnidentifiedImageError) else "a whole picture"
         raise ValueError(f"expected {what}, got {name}, which cannot be decoded: replace it or leave it out") from e
-    size = f"{width}x{height}" if width else "far more"
-    raise ValueError(f"expected at most {MAX_PIXELS} pixels, got {size} in {name}: make it smaller first")
 
 
-def _to_tensor(image):
-    if image.mode.startswith("I"):  # 16-bit gray: "I;16", or "I" in older Pillow
-        gray = np.asarray(image).astype(np.float32) / 65535
-        return torch.from_numpy(gray.clip(0, 1)).expand(3, -1, -1).contiguous()
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    pixels = np.asarray(image.convert("RGB"))  # (H, W, 3) uint8
+def _load(data, name):
+    """A Pillow image, decoded. Where Pillow trips over what stands beside a PNG's pixels, it is read without that."""
+    for version in _versions(data):
+        try:
+            image = _open(version, name)
+            image.load()
+            return image
+        except (Refused, MemoryError):
+            raise
+        except Exception as e:
+            fault = e
+    raise fault
+
+
+def _versions(data):
+    yield data
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        yield _bare_png(data, (b"tRNS", b"eXIf", b"iCCP"))
+        yield _bare_png(data, (b"tRNS",))
+
+
+def _open(data, name):
+    formats = FORMATS
+    if data[4:8] == b"ftyp" and b"avif" not in data[8:64] and any(b in data[8:64] for b in (b"heic", b"heix", b"mif1")):
+        try:
+            import pillow_heif
+        except ImportError:
+            raise Refused(f"expected the package that reads HEIC, got {name}: pip install pillow-heif") from None
+        pillow_heif.register_heif_opener()
+        formats = ("HEIF",)
+    image = Image.open(io.BytesIO(data), formats=formats)
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        got = f"got {width}x{height} in {name}"
+        raise Refused(f"expected at most {MAX_PIXELS} pixels, {got}: make it smaller first")
+    if image.mode == "F" or (image.mode, image.format) == ("I", "TIFF"):
+        raise Refused(f"expected 8 or 16 bits a channel, got 32 in {name}: convert it first")
+    return image
+
+
+def _bare_png(data, kept):
+    """A PNG without its ancillary chunks, but for those of the kinds `kept` whose checksum is right."""
+    chunks, start = [data[:8]], 8
+    while start + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, start)
+        chunk = data[start : start + 12 + length]
+        right = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+        if kind[:1].isupper() or (kind in kept and right):
+            chunks.append(chunk)
+        start += len(chunk)
+    return b"".join(chunks)
+
+
+TURNS = {  # EXIF 2.3, tag 0x0112: how the stored picture becomes upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+
+
+def _turned(image):
+    orientation = None
+    with contextlib.suppress(Exception):  # the EXIF data may be damaged where the picture is whole
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
+
+
+def _to_tensors(image, name):
+    """x (3, H, W) laid over white, and alpha (1, H, W) or None."""
+    if image.mode.startswith("I"):
+        return _from_16_bits(image, name)
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    mode = image.mode if image.mode in ("CMYK", "LAB") else "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
+    out = to_srgb(image.convert(mode), image.info.get("icc_profile"), name)
+    if alpha is None:
+        return _tensor(out), None
+    out.putalpha(alpha)
+    white = Image.new("RGBA", out.size, "white")
+    return _tensor(Image.alpha_composite(white, out).convert("RGB")), _tensor(alpha)
+
+
+def _from_16_bits(image, name):
+    values = np.asarray(image).astype(np.int32)  # "I;16", or "I" in older Pillow
+    gray, alpha = values.clip(0, 65535) / 65535, None
+    if image.info.get("icc_profile"):  # ImageCms takes 8 bits: the curve through its 256 points
+        ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+        curve = np.asarray(to_srgb(ramp, image.info["icc_profile"], name))[0, :, 1]
+        gray = np.interp(gray, np.arange(256) / 255, curve / 255)
+    if "transparency" in image.info:
+        alpha = torch.from_numpy(values != image.info["transparency"]).float()[None]
+        gray = np.where(alpha[0].numpy() == 0, 1, gray)
+    return torch.from_numpy(gray.astype(np.float32)).expand(3, -1, -1).contiguous(), alpha
+
+
+def _tensor(image):
+    pixels = np.asarray(image).reshape(*image.size[::-1], -1)  # (H, W, C) uint8
     return torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32) / 255)
+
+
+# --- shaping ----------------------------------------------------------------------------------------------------------
+
+
+def is_gray(x):
+    """Whether x (3, H, W) has R = G = B in every pixel."""
+    return torch.equal(x[0], x[1]) and torch.equal(x[1], x[2])
 
 
 def to_uint8(x):
@@ -133,27 +217,32 @@ def square(x, size):
     return resize(x[:, top : top + s, left : left + s], (size, size))
 
 
-def encode_image(x, suffix):
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def encode_image(x, suffix, **info):
     """The bytes of a picture file: PNG and WebP lossless, JPEG quality 95 without chroma subsampling.
 
-    x: (3, H, W) float, clipped to [0, 1]; suffix: one of SUFFIXES. Raises ValueError for another suffix, another shape
-    or values that are not finite.
+    x: (3, H, W) float, clipped to [0, 1], or for PNG and WebP (4, H, W) with alpha; suffix: one of SUFFIXES; info: what else
+    Pillow's writer of that format takes. Raises ValueError for another suffix, another shape or values that are not finite.
     """
     suffix = suffix.lower()
     if suffix not in SUFFIXES:
         raise ValueError(f"expected one of {', '.join(SUFFIXES)}, got {suffix!r}: choose another file name")
-    if x.ndim != 3 or x.shape[0] != 3:
+    if x.ndim != 3 or x.shape[0] not in (3, 4):
         raise ValueError(f"expected a picture (3, H, W), got {tuple(x.shape)}: write the pictures one by one")
     if not torch.isfinite(x).all():
         raise ValueError("expected finite values, got a picture with NaN or infinity: check the model that made it")
     image = Image.fromarray(to_uint8(x).permute(1, 2, 0).cpu().contiguous().numpy())
     f = io.BytesIO()
     if suffix == ".png":
-        image.save(f, "PNG")
+        image.save(f, "PNG", **info)
     elif suffix == ".webp":
-        image.save(f, "WEBP", lossless=True, quality=20, method=1)  # 5 % above the smallest, in a third of its time
+        image.save(
+            f, "WEBP", lossless=True, quality=20, method=1, **info
+        )  # 5 % above the smallest, in a third of its time
     else:
-        image.save(f, "JPEG", quality=95, subsampling=0)
+        image.save(f, "JPEG", quality=95, subsampling=0, **info)
     return f.getvalue()
 
 
@@ -165,42 +254,14 @@ def write_image(path, x):
     write_bytes(path, encode_image(x, Path(path).suffix))
 
 
-def write_bytes(path, data):
-    """Writes a file whole or not at all: temporary name beside it, flush, fsync, rename. Raises OSError."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-        sync(path.parent)  # else a power cut could undo the rename
-    except BaseException as e:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(e, OSError):  # the temporary name would tell nothing
-            got = f"got {e.strerror or e}"
-            raise type(e)(f"expected to write {path}, {got}: make room, or choose another place or name") from e
-        raise
+def write_result(path, x, like=Picture(None)):
+    """As write_image, with what a result carries: our mark, which is_result knows, and the profile that says sRGB.
 
-
-def make_folder(path):
-    """Makes a folder, and those above it, and returns its Path. OSError if it cannot be made or written to."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        got = "a file of that name" if isinstance(e, FileExistsError) else e.strerror
-        raise type(e)(f"expected a folder to write to at {path}, got {got}: name another") from e
-    if not os.access(path, os.W_OK):
-        raise PermissionError(f"expected a folder to write to, got {path}, which is read-only: name another")
-    return Path(path)
-
-
-def sync(path):
-    """Flushes a written file, or the names in a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    like: the Picture that x was made from. Its EXIF data is kept, and by PNG and WebP its alpha too, resized to x: over
+    white the colours are those of x.
+    """
+    suffix = Path(path).suffix.lower()
+    if like.alpha is not None and suffix in (".png", ".webp"):
+        alpha = resize(like.alpha, x.shape[1:])
+        x = torch.cat([torch.where(alpha > 0, 1 - (1 - x) / alpha, x), alpha])
+    write_bytes(path, encode_image(x, suffix, icc_profile=SRGB, exif=like.exif, **mark(suffix)))

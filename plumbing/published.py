@@ -52,7 +52,7 @@ def fetch(name, file):
 
 
 def read(cls, config, part):
-    """A frozen diffusers network, the `part` of config["base"]. ValueError if its file lacks weights: diffusers says nothing."""
+    """A frozen diffusers network, the `part` of config["base"]. ValueError if its file lacks weights; diffusers is silent."""
     module, keys = cls.from_pretrained(locate(config["base"]), subfolder=part, output_loading_info=True, **READ)
     if keys["missing_keys"]:
         raise ValueError("weights that its config asks for are not in it")
@@ -92,12 +92,12 @@ def load_vit(entry):
     with loading("feature backbone", name if folder else timm_hub_id(name), "about 350 MB, through timm"):
         vit = timm.create_model(f"local-dir:{locate(name)}" if folder else name, num_classes=0, **entry)
         vit.register_load_state_dict_post_hook(nothing_missing)
-        timm.models.load_pretrained(vit, num_classes=0, filter_fn=checkpoint_filter_fn)
+        timm.models.load_pretrained(vit, num_classes=0, filter_fn=checkpoint_filter_fn, strict=False)
     return vit.eval().requires_grad_(False)
 
 
 def nothing_missing(_, keys):
-    """timm drops the head, and then passes over every other weight that its file lacks, without a word: this does not."""
+    """Of a loaded ViT only a head may be left over. timm itself would also pass over weights that its file lacks."""
     if keys.missing_keys:
         raise ValueError(f"no {keys.missing_keys[0]} in it, and {len(keys.missing_keys)} weights missing in all")
 

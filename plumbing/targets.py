@@ -1,62 +1,94 @@
-"""Which picture is written where, so that no output is an input, or the output of two."""
+"""Which picture is written where, so that no output is an input, the output of two, or somebody else's file."""
 
+import os
 from pathlib import Path
 
-from plumbing.pictures import SUFFIXES, find_images
+from plumbing.commands import complain
+from plumbing.files import NEEDS, READ, SUFFIXES, find_images, same_name
+from plumbing.metadata import is_result
+
+RESULTS = ("_restored", "_compare")
 
 
-def plan(images, out=None):
+def plan(images, out=None, compare=False, overwrite=False):
     """Which picture is written where: ([(picture, output), ...], [what is wrong with the others, ...]).
 
-    Skips earlier results (*_restored, *_compare) in folders. No output is an input or the output of another picture.
+    Leaves earlier results in folders out. No output is an input or the output of another picture. A file that is in the way,
+    and that this program did not make, is kept unless `overwrite` is given or `out` names it. compare: *_compare is written
+    too.
     ValueError if out cannot be what it should be: a folder, or a picture file for a single picture.
     """
     pairs, errors = {}, []
     for given in map(Path, images):
         try:
-            found = [
-                p for p in find_images([given]) if not (given.is_dir() and p.stem.endswith(("_restored", "_compare")))
-            ]
+            found = find_images([given])
         except (ValueError, OSError) as e:
             errors.append(str(e))
             continue
+        if given.is_dir():
+            found = without_results(found, beside=out is None)
         if not found:
             errors.append(f"expected pictures ({', '.join(SUFFIXES)}) in {given}, got none: name another folder")
         for path in found:
             target = path.with_name(f"{path.stem}_restored.png")
             if out is not None:
                 target = out / (target.relative_to(given) if given.is_dir() else target.name)
-            pairs.setdefault(path.resolve(), (path, target))  # given twice, done once
+            pairs.setdefault(os.path.realpath(path), (path, target))  # given twice, done once
     pairs = list(pairs.values())
-    if (
-        out is not None
-        and not out.is_dir()
-        and out.suffix.lower() in (".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic")
-    ):
-        raise ValueError(
-            f"expected a folder, or a picture ({', '.join(SUFFIXES)}), got -o {out}: choose another suffix"
-        )
-    if out is not None and not out.is_dir() and (out.suffix.lower() in SUFFIXES or out.exists()):
-        if out.suffix.lower() not in SUFFIXES or len(pairs) + len(errors) != 1:
-            raise ValueError(f"expected a folder, or for one input a picture's name, got -o {out}: name a folder")
-        pairs = [(path, out) for path, _ in pairs]
-    return without_clashes(pairs, errors)
+    if out is not None and names_a_file(out, len(pairs) + len(errors)):
+        pairs, overwrite = [(path, out) for path, _ in pairs], True
+    return without_clashes(pairs, errors, compare, overwrite)
 
 
-def without_clashes(pairs, errors):
+def without_results(paths, beside):
+    """The pictures of a folder but for results: those with our mark, and others beside the picture that they are named after.
+
+    beside: the results of this run are written there, too, so that what is in their way is named when that is known.
+    """
+    sources = {same_name(path.with_suffix("")) for path in paths}
+    good = []
+    for path in paths:
+        stem = next((path.stem.removesuffix(end) for end in RESULTS if path.stem.endswith(end)), None)
+        ours = stem is not None and is_result(path)
+        if stem is None or not (ours or same_name(path.with_name(stem)) in sources):
+            good.append(path)
+        elif not (ours or beside):
+            complain(f"{path} is named like a result: not restored")
+    return good
+
+
+def names_a_file(out, inputs):
+    """Whether -o OUT is a picture's name, and no folder. ValueError if it can be neither."""
+    suffix = out.suffix.lower()
+    if out.is_dir() or not (suffix in {*READ, *NEEDS, ".gif"} or out.exists()):
+        return False
+    if suffix not in SUFFIXES and not out.exists():
+        kinds = ", ".join(SUFFIXES)
+        raise ValueError(f"expected a folder, or a picture ({kinds}), got -o {out}: choose another suffix")
+    if suffix not in SUFFIXES or inputs != 1:
+        raise ValueError(f"expected a folder, or for one input a picture's name, got -o {out}: name a folder")
+    return True
+
+
+def without_clashes(pairs, errors, compare, overwrite):
     """The pairs whose output is theirs alone; the others are added to the errors."""
-    inputs, outputs, good = {path.resolve() for path, _ in pairs}, {}, []
+    inputs, outputs, good = {same_name(path) for path, _ in pairs}, {}, []
     for path, target in pairs:
-        taken = [t for t in (target, compare_name(target)) if t.resolve() in inputs]
+        written = [target, compare_name(target)] if compare else [target]
+        taken = [t for t in (target, compare_name(target)) if same_name(t) in inputs]
+        foreign = [t for t in written if t.is_file() and not (overwrite or is_result(t))]
         if taken:
             errors.append(
                 f"expected an output beside the inputs, got {taken[0]} for {path}, itself an input: use -o FOLDER"
             )
-        elif target.resolve() in outputs:
-            other = outputs[target.resolve()]
+        elif same_name(target) in outputs:
+            other = outputs[same_name(target)]
             errors.append(f"expected an output for each, got {target} for both {other} and {path}: rename one")
+        elif foreign:
+            got = f"got {foreign[0]}, which this program did not make"
+            errors.append(f"expected a new name for the result of {path}, {got}: kept; use --overwrite or -o FOLDER")
         else:
-            outputs[target.resolve()] = path
+            outputs[same_name(target)] = path
             good.append((path, target))
     return good, errors
 

@@ -24,7 +24,7 @@ def small_config(tmp_path_factory):
     from safetensors.torch import save_file
 
     import teacher
-    from student import load_config
+    from plumbing.presets import load_config
 
     root = tmp_path_factory.mktemp("published")
     torch.manual_seed(0)

@@ -20,6 +20,13 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":  # as a command of its own, see run_with_stand_ins
     sys.path.insert(0, str(ROOT))
     os.environ["HF_HUB_OFFLINE"] = "1"
+    student, published = (
+        types.ModuleType("student"),
+        types.ModuleType("plumbing.published"),
+    )  # which take seconds to import
+    student.encode = lambda vae, x: vae.config.scaling_factor * vae.encode(2 * x - 1).latent_dist.mode()
+    student.decode = published.load_vae = None
+    sys.modules |= {"student": student, "plumbing.published": published}
 
 import numpy as np
 import pytest
@@ -31,7 +38,7 @@ from torch.utils.data import DataLoader
 import cache
 import degrade
 import teacher
-from plumbing import pictures
+from plumbing import offline, pictures
 
 SIZE = 64
 
@@ -93,7 +100,7 @@ def whole(tmp_path_factory):
 def run(data, out, *more):
     with pytest.MonkeyPatch.context() as m:
         m.setattr(cache, "load_networks", stand_ins)
-        return cache.main(cache.parse_args(command(data, out, *more)))
+        return cache.work(cache.parse_args(command(data, out, *more)))
 
 
 # ------------------------------------------------------------------------------------------------------------ contents
@@ -219,7 +226,7 @@ def test_each_process_makes_its_share(whole, tmp_path):
     (tmp_path / "c").mkdir()
     settings = (whole[0] / "settings.json").read_bytes()
     (tmp_path / "c" / "settings.json").write_bytes(settings)
-    sources = cache.sources_in(whole[1], tmp_path / "c", None)
+    sources = offline.sources_in(whole[1], tmp_path / "c", None)
     for rank, shards in ((1, [1, 3, 5]), (0, [0, 1, 2, 3, 4, 5])):
         pmrf, vae, _ = stand_ins()
         arguments = whole[1], sources, tmp_path / "c", json.loads(settings)
@@ -243,7 +250,7 @@ def kill_loop(data, out, whole, kills, seed=0):
         if not child:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             try:
-                os._exit(cache.main(cache.parse_args(command(data, out, "--repeats", "2"))))
+                os._exit(cache.work(cache.parse_args(command(data, out, "--repeats", "2"))))
             finally:
                 os._exit(99)  # after an exception; the child must not go on as its parent
         if 0 < attempt <= kills:
@@ -321,10 +328,10 @@ def test_other_weights_and_libraries(whole, tmp_path, monkeypatch):
     arguments = cache.parse_args(command(whole[1], whole[0], "--repeats", "2"))
     monkeypatch.setattr(cache, "load_networks", retrained)
     with pytest.raises(ValueError, match="teacher_sha256"):
-        cache.main(arguments)
+        cache.work(arguments)
     monkeypatch.setattr(cache, "load_networks", stand_ins)
     monkeypatch.setattr(torch, "__version__", "99.0")
-    assert cache.main(arguments) == 0  # what is finished stays good
+    assert cache.work(arguments) == 0  # what is finished stays good
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "settings.json").write_bytes((whole[0] / "settings.json").read_bytes())
     with pytest.raises(ValueError, match="versions .*99.0"):  # a half would be of other bytes
@@ -413,7 +420,7 @@ def test_a_damaged_file_of_an_unfinished_cache_is_named(whole, tmp_path, name, t
 def test_a_foreign_meta_json_is_refused(whole, tmp_path, text):
     folder, _ = copied(whole, tmp_path / "c")
     (folder / "meta.json").write_text(text)
-    for use in (lambda: cache.CacheDataset(folder), lambda: cache.main(cache.parse_args(["--check", str(folder)]))):
+    for use in (lambda: cache.CacheDataset(folder), lambda: cache.work(cache.parse_args(["--check", str(folder)]))):
         with pytest.raises(ValueError, match="foreign meta.json"):
             use()
 
@@ -448,7 +455,7 @@ def test_weights_that_give_nan_stop_it(whole, tmp_path, monkeypatch):
 
     monkeypatch.setattr(cache, "load_networks", broken)
     with pytest.raises(ValueError, match="expected finite values.*teacher"):
-        cache.main(cache.parse_args(command(whole[1], tmp_path / "c")))
+        cache.work(cache.parse_args(command(whole[1], tmp_path / "c")))
     assert not list((tmp_path / "c").glob("shard*"))
 
 
@@ -514,18 +521,16 @@ def test_check_finds_pictures_of_another_size_and_parameters_that_are_none(whole
 
 
 def test_check_command(whole, tmp_path, monkeypatch, capsys):
-    import student
-
-    monkeypatch.setattr(student, "load_vae", lambda config: PixelVAE())
+    monkeypatch.setattr(cache, "load_vae", lambda config: PixelVAE())
     folder, _ = copied(whole, tmp_path / "c")
     arguments = cache.parse_args(["--check", str(folder), "--device", "cpu"])
-    assert cache.main(arguments) == 0 and "12 samples in 6 shards" in capsys.readouterr().out
+    assert cache.work(arguments) == 0 and "12 samples in 6 shards" in capsys.readouterr().out
     path = folder / "shard_00000.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"!")
-    assert cache.main(arguments) == 1 and "shard_00000" in capsys.readouterr().err
+    assert cache.work(arguments) == 1 and "shard_00000" in capsys.readouterr().err
     (folder / "meta.json").unlink()
     with pytest.raises(ValueError, match="unfinished"):
-        cache.main(arguments)
+        cache.work(arguments)
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -574,8 +579,8 @@ def test_one_sample_is_read_without_the_rest_of_its_shard(whole):
 def test_tiny_preset_end_to_end(tmp_path, capsys):
     data = ROOT / "samples" / "clean"
     arguments = ["--data", str(data), "--out", str(tmp_path / "c"), "--steps", "2", "--device", "cpu"]
-    assert cache.main(cache.parse_args(arguments)) == 0
-    assert cache.main(cache.parse_args(["--check", str(tmp_path / "c"), "--device", "cpu"])) == 0
+    assert cache.work(cache.parse_args(arguments)) == 0
+    assert cache.work(cache.parse_args(["--check", str(tmp_path / "c"), "--device", "cpu"])) == 0
     assert "all as they were written" in capsys.readouterr().out
     sample = cache.CacheDataset(tmp_path / "c")[0]
     assert sample["y"].shape == sample["x_target"].shape == (3, 128, 128)
@@ -583,12 +588,9 @@ def test_tiny_preset_end_to_end(tmp_path, capsys):
 
 if __name__ == "__main__":
     cache.load_networks = stand_ins
-    student = types.ModuleType("student")  # as student.py has it, without the ten seconds that its imports take
-    student.encode = lambda vae, x: vae.config.scaling_factor * vae.encode(2 * x - 1).latent_dist.mode()
-    sys.modules["student"] = student
     what, *arguments = sys.argv[1:]
     if what == "run":
-        sys.exit(cache.main(cache.parse_args(arguments)))
+        sys.exit(cache.work(cache.parse_args(arguments)))
     if what == "kill":
         data, out, expected, kills = Path(arguments[0]), Path(arguments[1]), Path(arguments[2]), int(arguments[3])
         faults = 0

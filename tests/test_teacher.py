@@ -18,8 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import teacher
 from nets import hdit, swinir
+from plumbing.published import HDIT, SWINIR, sizes
 from teacher import PMRF, HDiT, SwinIR, flow_matching_loss, neighborhood_attention, path, posterior_mean_loss
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -459,7 +459,7 @@ def test_swin_attention_has_one_bias_for_each_relative_position():
 
 def test_full_size_networks_have_the_published_keys():
     with torch.device("meta"):
-        nets = {"hdit": HDiT(**teacher.HDIT), "swinir": SwinIR(**teacher.SWINIR)}
+        nets = {"hdit": HDiT(**HDIT), "swinir": SwinIR(**SWINIR)}
     computed = re.compile(r"attn_mask|relative_position_index|pos_emb\.freqs|aug_emb\.weight")
     for name, want in json.loads((GOLDEN / "teacher_keys.json").read_text()).items():
         parameters = dict(nets[name].named_parameters())
@@ -513,20 +513,6 @@ def test_load_a_published_folder(tmp_path):
     assert torch.equal(loaded.restore(y, steps=3), pmrf.restore(y, steps=3, sigma_s=0.2))
 
 
-def test_load_from_the_hub(tmp_path, monkeypatch):
-    import huggingface_hub
-
-    folder, asked = write_folder(tmp_path / "hub", *published(small_pmrf())), []
-
-    def download(repository, name):
-        asked.append((repository, name))
-        return str(folder / name)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert PMRF.from_pretrained("someone/teacher").sigma_s == 0.2
-    assert asked == [("someone/teacher", "config.json"), ("someone/teacher", "model.safetensors")]
-
-
 def test_offline_hub_is_one_line(tmp_path, monkeypatch):
     import huggingface_hub
 
@@ -551,7 +537,7 @@ def test_sizes_are_the_published_ones_unless_config_has_others(tmp_path):
         "unet",
         "hdit_ImageNet256Sp4",
     )
-    assert teacher.sizes(config, "hdit") == teacher.HDIT and teacher.sizes({}, "swinir") == teacher.SWINIR
+    assert sizes(config, "hdit") == HDIT and sizes({}, "swinir") == SWINIR
 
 
 def test_broken_folders_are_one_line(tmp_path):

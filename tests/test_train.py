@@ -18,13 +18,22 @@ from safetensors.torch import load_file
 import cache
 import sgcl
 import train
-from plumbing.checkpoints import steps_in
+from plumbing import commands, published
+from plumbing.batches import Batches, generator
 from plumbing.pictures import write_image
-from run import Batches, Run, generator
-from student import Student, load_vae
+from plumbing.published import load_lpips, load_vae
+from plumbing.runs import steps_in
+from student import Student
 from teacher import PMRF
+from train import Run
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def script(monkeypatch):
+    """Faults begin with the script's name, as on the command line."""
+    monkeypatch.setattr(commands, "SCRIPT", "train.py")
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +59,7 @@ def make_cache(small_config, root, steps):
 
 
 def arguments(small_cache, out, *more, stage="A"):
-    return ["--stage", stage, "--cache", str(small_cache), "--out", str(out), "--batch", "4", *more]
+    return ["--stage", stage, "--cache", str(small_cache), "--out", str(out), "--batch", "4", "--log-every", "1", *more]
 
 
 def run_here(*argv):
@@ -65,7 +74,10 @@ def weights(run):
 
 
 def log(run):
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    """The lines of a run's log, without the seconds, in which no two runs agree."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert all(line.pop("seconds") > 0 for line in lines)
+    return lines
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +85,61 @@ def stage_a(small_cache, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "stage_a"
     run_here(*arguments(small_cache, out, "--steps", "12", "--save-every", "4", "--sgcl-every", "2"))
     return out
+
+
+def test_eq6_latent_and_l1_terms_by_numpy():
+    a, b = np.random.default_rng(0).normal(size=(2, 2, 4, 3, 3)).astype(np.float32)
+    assert train.latent_loss(torch.tensor(a), torch.tensor(b)).item() == pytest.approx(((a - b) ** 2).mean(), rel=1e-5)
+    assert train.l1_loss(torch.tensor(a), torch.tensor(b)).item() == pytest.approx(np.abs(a - b).mean(), rel=1e-5)
+    with pytest.raises(ValueError, match="one shape"):
+        train.latent_loss(torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 1))
+
+
+def test_eq6_is_the_weighted_sum_and_its_gradient():
+    x = torch.tensor(2.0, requires_grad=True)
+    terms = {"lat": x**2, "lpips": 3 * x, "l1": x**3, "sgcl": 1 / x}
+    lambdas = {"lat": 1.0, "lpips": 0.5, "l1": 2.0, "sgcl": 0.1}
+    total = train.total_loss(terms, lambdas)
+    assert total.item() == pytest.approx(4 + 3 + 16 + 0.05)
+    total.backward()
+    assert x.grad.item() == pytest.approx(2 * 2 + 1.5 + 2 * 3 * 4 - 0.1 / 4)
+    assert train.total_loss({"lat": x**2}, lambdas).item() == pytest.approx(4)
+
+
+def test_eq6_lpips_is_offline_a_distance_and_follows_its_definition():
+    """sum over layers of mean over places of w . (unit features' difference)^2, written out from the network's own layers."""
+    lpips_fn = load_lpips()
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(1, 3, 64, 64, generator=g)
+    near, far = (x + s * torch.randn(x.shape, generator=g) for s in (0.02, 0.3))
+    d = [train.lpips_loss(lpips_fn, x, other).item() for other in (x, near, far)]
+    assert d[0] == 0 and 0 < d[1] < d[2]
+
+    def features(z):
+        h = ((2 * z - 1) - torch.tensor([-0.030, -0.088, -0.188])[:, None, None]) / torch.tensor([0.458, 0.448, 0.450])[
+            :, None, None
+        ]
+        for s in range(1, 6):
+            h = getattr(lpips_fn.net, f"slice{s}")(h)
+            yield h / (h.norm(dim=1, keepdim=True) + 1e-10)
+
+    layers = zip(features(x), features(far), strict=True)
+    by_hand = sum((lpips_fn.lins[i].model[-1].weight * (a - b) ** 2).sum(1).mean() for i, (a, b) in enumerate(layers))
+    assert d[2] == pytest.approx(by_hand.item(), rel=1e-4)
+    assert lpips_fn.net.slice1[0].weight.std() > 0.05  # the shipped AlexNet, not random numbers
+    assert not any(p.requires_grad for p in lpips_fn.parameters())
+
+
+def test_eq6_lpips_gives_a_gradient_to_the_picture():
+    x = torch.rand(1, 3, 64, 64, requires_grad=True)
+    train.lpips_loss(load_lpips(), x, torch.rand(1, 3, 64, 64)).backward()
+    assert x.grad.abs().sum() > 0
+
+
+def test_missing_lpips_features_are_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(published, "LPIPS_FEATURES", tmp_path / "lpips_alex.safetensors")
+    with pytest.raises(OSError, match="lpips_alex.*restore that folder"):
+        load_lpips()
 
 
 def test_eq6_terms_are_logged_raw_and_weighted_and_add_up(stage_a):
@@ -305,7 +372,7 @@ def watched_step(argv):
     """One training step. Returns how often a layer of each network ran in it, and the bytes kept for the backward pass."""
     run = Run(train.parse_args(list(map(str, argv))))
     run.args.out.mkdir()
-    run.save = lambda step: None  # its picture would count as a run
+    run.rank = 1  # no checkpoint: its picture would count as a run
     unet, spatial, vae = run.student.unet, run.student.spatial_encoder, run.student.vae
     blocks = {"unet": unet.mid_block, "spatial encoder": spatial.mid_block, "vae": vae.decoder.up_blocks[-1]}
     calls, storages = dict.fromkeys(blocks, 0), {}
@@ -347,9 +414,9 @@ def test_bf16_keeps_weights_losses_ema_and_latents_in_float32(small_cache, tmp_p
         kinds.update({name: value.dtype for name, value in terms.items()})
 
     monkeypatch.setattr(train, "check_finite", spy)
-    real = train.losses.lpips_loss
+    real = train.lpips_loss
     monkeypatch.setattr(
-        train.losses, "lpips_loss", lambda f, a, b: (lpips_inputs.append((f, a.detach(), b)), real(f, a, b))[1]
+        train, "lpips_loss", lambda f, a, b: (lpips_inputs.append((f, a.detach(), b)), real(f, a, b))[1]
     )
     for name in ("fp32", "bf16"):
         run_here(
@@ -460,9 +527,9 @@ def test_stage_b_wants_a_stage_a_checkpoint_of_the_caches_preset(small_cache, tm
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_term(small_cache, tmp_path, monkeypatch, capsys):
-    real = train.losses.l1_loss
+    real = train.l1_loss
     calls = iter([1.0, 1.0, float("nan")])
-    monkeypatch.setattr(train.losses, "l1_loss", lambda a, b: real(a, b) * next(calls))
+    monkeypatch.setattr(train, "l1_loss", lambda a, b: real(a, b) * next(calls))
     argv = arguments(small_cache, tmp_path / "x", "--steps", "5", "--save-every", "2")
     assert train.main(train.parse_args(argv)) == 1
     err = capsys.readouterr().err
@@ -495,7 +562,7 @@ def test_out_of_memory_is_one_line_that_says_what_to_do(small_cache, tmp_path, m
     monkeypatch.setattr(train, "decode", full)
     assert train.main(train.parse_args(arguments(small_cache, tmp_path / "x", "--accumulate", "2"))) == 1
     err = capsys.readouterr().err.strip().splitlines()[-1]
-    assert err.startswith("train.py: out of memory with --batch 4 --accumulate 2") and "--checkpointing" in err
+    assert "expected enough memory" in err and "--batch 4 --accumulate 2" in err and "give --checkpointing" in err
 
 
 def test_an_error_of_the_code_itself_is_not_hidden(small_cache, tmp_path, monkeypatch):
@@ -510,7 +577,7 @@ def test_ctrl_c_inside_a_library_is_no_fault(small_cache, tmp_path, monkeypatch,
 
     def reading(*_):
         with pytest.raises(SystemExit):
-            train.interrupted()
+            commands.interruption("")()
         raise OSError("what a library made of it")
 
     monkeypatch.setattr(train, "decode", reading)
@@ -530,7 +597,7 @@ def test_ctrl_c_is_one_line_and_leaves_no_half_checkpoint(small_cache, tmp_path)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err
     assert [line for line in err.splitlines() if line.startswith("train.py")] == [
-        "train.py: stopped; the same command goes on from the last checkpoint"
+        "train.py: interrupted; the same command goes on from the last checkpoint"
     ]
     assert not list(out.glob("*.tmp")) and steps_in(out)
 

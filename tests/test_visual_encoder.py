@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from student import PRESETS, VisualEncoder
+from plumbing.presets import PRESETS
+from student import VisualEncoder
 
 GOLDEN = Path(__file__).parent / "golden"
 

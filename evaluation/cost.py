@@ -1,0 +1,37 @@
+"""What a training cost: GPU hours, energy and carbon (paper Sec. 4.2, Tab. 4), from the run's own log; nothing else.
+
+    energy [kWh] = GPU hours x power [W] x PUE / 1000        CO2eq [kg] = energy x intensity
+
+Used by `python evaluate.py cost`. A line of log.jsonl tells the seconds since the line before and the number of processes, a
+GPU each. What a run lost when it was killed is not in its log; nor are the cache and the evaluation.
+"""
+
+import json
+from pathlib import Path
+
+from evaluation.tables import markdown
+
+
+def gpu_hours(run):
+    """GPU hours in run/log.jsonl. ValueError if a line does not tell them, FileNotFoundError if there is no log."""
+    path = Path(run) / "log.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"expected the log of a training in {path}, got none: name a folder of train.py")
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        return sum(line["seconds"] * line["processes"] for line in lines) / 3600
+    except (KeyError, TypeError, json.JSONDecodeError):
+        raise ValueError(
+            f"expected seconds and processes in each line of {path}, got one without: train it again"
+        ) from None
+
+
+def cost_table(hours, power, pue, intensity):
+    """Tab. 4 as Markdown, a row a run and their sum.
+
+    hours: {run: GPU hours}; power: W a GPU; pue: the data centre's power usage effectiveness; intensity: kg CO2eq a kWh.
+    """
+    hours = hours | ({"together": sum(hours.values())} if len(hours) > 1 else {})
+    energy = {run: time * power * pue / 1000 for run, time in hours.items()}
+    rows = [[run, f"{hours[run]:.3f}", f"{e:.3f}", f"{e * intensity:.3f}"] for run, e in energy.items()]
+    return markdown(["", "GPU hours", "energy, kWh", "CO2eq, kg"], rows)

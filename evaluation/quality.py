@@ -1,0 +1,188 @@
+"""Quality of input, posterior mean, teacher, students and pictures from elsewhere on the same faces (paper Tab. 1, 2).
+
+Used by `python evaluate.py quality`, and by the ablation. Measured is what restore.py would write, 8 bits a channel, at the
+picture's own size; where that is not the original's (a small input, say) it is resampled for the measures that compare the two.
+"""
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from evaluation.faces import degraded, find_faces, find_pairs, given
+from evaluation.metrics import SETS, PictureMetrics, optional, set_metrics
+from evaluation.tables import TITLES, interval, markdown, write_csv, write_text
+from plumbing import pictures
+from plumbing.commands import say
+from plumbing.devices import synchronize
+from plumbing.presets import locate
+from restore import restore
+from student import Student, decode, encode
+from teacher import PMRF
+
+CEILING = "teacher through the VAE"  # the best that a student of this latent space can do at copying its target
+
+
+# --- the rows of a table: {name: function of a face -> x_hat (3, H, W)} -----------------------------------------------
+
+
+def load_models(checkpoints, device):
+    """The students by name and the teacher of the first one. ValueError if they do not all work at one picture size."""
+    students = {str(name): Student.load(name, merge=True).to(device) for name in checkpoints}
+    sizes = {name: student.image_size for name, student in students.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"expected checkpoints of one picture size, got {sizes}: evaluate them one by one")
+    config = next(iter(students.values())).config
+    return students, PMRF.from_pretrained(locate(config["teacher"])).to(device)
+
+
+def methods(students, teacher, steps, device):
+    """Input, posterior mean, teacher at each K of steps, the students, and the teacher's picture through the VAE."""
+    first, last = next(iter(students.values())), max(steps)
+
+    def row(model, color_fix="none"):
+        return lambda face: restore(lambda y: model(y, face.seed), first.image_size, [face.y], color_fix, device)[0]
+
+    rows = {"input": lambda face: face.y, "posterior mean": row(lambda y, _: teacher.posterior_mean(y))}
+    for k in steps:
+        rows[f"teacher, {k} step{'s' * (k > 1)}"] = row(lambda y, seed, k=k: teacher.restore(y, steps=k, seed=seed))
+    for name, student in students.items():
+        rows[f"student {name}"] = student_row(student, "wavelet", device)
+    rows[CEILING] = row(lambda y, s: decode(first.vae, encode(first.vae, teacher.restore(y, steps=last, seed=s))))
+    return rows
+
+
+def student_row(student, color_fix, device):
+    """The one step and a colour correction of restore.py."""
+    return lambda face: restore(student, student.image_size, [face.y], color_fix, device)[0]
+
+
+def read_rows(folders):
+    """Pictures that some other program restored; the faces come from `given`."""
+    return {f"restored {folder}": lambda face, f=folder: pictures.read_image(face.files[f]) for folder in folders}
+
+
+# --- faces x rows -> numbers ------------------------------------------------------------------------------------------
+
+
+class Measures:
+    """What is measured: `metrics` (names in evaluation.metrics) and the identity network's, if one is given.
+
+    reference: folder for the measures of sets; None: the originals. ValueError if an optional package is missing.
+    """
+
+    def __init__(self, metrics, device, reference=None, identity=None):
+        self.sets, self.reference, self.device = [m for m in SETS if m in metrics], reference, device
+        if self.sets:
+            optional("torch_fidelity", ", ".join(self.sets), "0.4")  # before the work, not after it
+        self.picture, self.warm = PictureMetrics(metrics, device, identity), set()
+
+    def __call__(self, rows, faces, out):
+        """rows: {name: function of a Face}; out: folder for temporary files.
+
+        Returns ([{"method", "face", measures ..., "ms"}, ...], {method: measures of its set}).
+        """
+        lines = []
+        with tempfile.TemporaryDirectory(prefix=".pictures_", dir=out) as scratch:
+            for i, face in enumerate(faces):
+                for row, method in rows.items():
+                    if row not in self.warm:
+                        timed(method, face, self.device)  # the first call is slower
+                        self.warm.add(row)
+                    x_hat, ms = timed(method, face, self.device)
+                    lines.append({"method": row, "face": face.name, **self.picture(x_hat, face.x), "ms": round(ms, 3)})
+                    self.keep(scratch, row, i, x_hat)
+                if self.reference is None:
+                    self.keep(scratch, "original", i, face.x)
+            reference = self.reference or folder_of(scratch, "original")
+            return lines, {row: self.of_set(folder_of(scratch, row), reference, scratch) for row in rows}
+
+    def note(self):
+        """What the measures of sets compare with, for a table's heading."""
+        return f"; {', '.join(self.sets)} against {self.reference or 'these originals'}" if self.sets else ""
+
+    def keep(self, scratch, row, i, x):
+        """Saves a picture for the measures of sets."""
+        if self.sets:
+            pictures.write_image(pictures.make_folder(folder_of(scratch, row)) / f"{i:05d}.png", x)
+
+    def of_set(self, folder, reference, scratch):
+        return set_metrics(folder, reference, self.sets, self.device, scratch) if self.sets else {}
+
+
+def folder_of(scratch, row):
+    return Path(scratch) / row.replace("/", "_")
+
+
+@torch.inference_mode()
+def timed(method, face, device):
+    """x_hat (3, H, W) as a file would hold it, 8 bits a channel, and the milliseconds that the method took."""
+    synchronize(device)
+    start = time.perf_counter()
+    x_hat = method(face)
+    synchronize(device)
+    return pictures.to_uint8(x_hat).float() / 255, (time.perf_counter() - start) * 1000
+
+
+# --- the tables -------------------------------------------------------------------------------------------------------
+
+
+def quality(data, checkpoints, out, *, steps, levels, ranges, seed, limit, measures, device):
+    """Clean faces of a folder, degraded here: quality.csv (a line a face and method) and quality.md (means with 95 %
+    intervals over the faces) in the folder `out`, a table a level.
+
+    measures: Measures; the other arguments as in evaluation.faces. Returns the number of faces that could not be read.
+    """
+    found, failed = find_faces(data, limit)
+    students, teacher = load_models(checkpoints, device)
+    rows, size = methods(students, teacher, steps, device), next(iter(students.values())).image_size
+    title = f", {len(found)} faces at {size} px"
+    faces = {level: degraded(found, size, level, ranges, seed) for level in levels}
+    write_tables(rows, faces, {level: heading(level, ranges, seed) + title for level in levels}, out, measures)
+    return failed
+
+
+def quality_of_given(lq, hq, restored, checkpoints, out, *, steps, seed, limit, measures, device):
+    """Given pictures instead: `lq` degraded, `hq` their originals or None, `restored` folders of another program's results.
+
+    Writes the same files as `quality`, without teacher and student if there are no checkpoints. Returns the number of
+    pictures that could not be read or have no partner.
+    """
+    pairs, failed = find_pairs(lq, [folder for folder in (hq, *restored) if folder], limit)
+    models = load_models(checkpoints, device) if checkpoints else None
+    rows = (methods(*models, steps, device) if models else {"input": lambda face: face.y}) | read_rows(restored)
+    title = f"{lq}, {len(pairs)} pictures" + (f", originals in {hq}" if hq else "") + f", seed {seed}" * bool(models)
+    write_tables(rows, {"given": given(pairs, lq, hq, seed)}, {"given": title}, out, measures)
+    return failed
+
+
+def write_tables(rows, faces, titles, out, measures):
+    """A table for each level of faces {level: iterable}, under its title, and all lines in one CSV file."""
+    pictures.make_folder(out)
+    lines, tables = [], []
+    for level in faces:
+        done, sets = measures(rows, faces[level], out)
+        tables.append(f"## {titles[level]}{measures.note()}\n\n{quality_table(done, sets)}")
+        say(tables[-1])
+        lines += [{"level": level, **line} for line in done]
+        write_csv(out / "quality.csv", lines)
+        write_text(out / "quality.md", "\n".join(tables))
+
+
+def heading(level, ranges, seed):
+    """Which degradation, in words."""
+    return (f"drawn from {ranges}" if level == "default" else f"level {level}") + f", seed {seed}"
+
+
+def quality_table(lines, sets):
+    """Markdown: a row a method, mean [low, high] of what is measured a face, the value of what is measured a set."""
+    measured = [m for m in lines[0] if m in TITLES and m != "ms"]
+    header = ["", *(TITLES[m] for m in (*measured, *next(iter(sets.values())), "ms"))]
+    table = []
+    for method, values in sets.items():
+        own = [line for line in lines if line["method"] == method]
+        cells = [interval([line[m] for line in own], m) for m in measured] + [f"{v:.4f}" for v in values.values()]
+        table.append([method, *cells, f"{statistics.median(line['ms'] for line in own):.0f}"])
+    return markdown(header, table)
