@@ -217,7 +217,11 @@ def test_the_readmes_chain_on_the_sample_portraits(tmp_path):
         )
         == 0
     )
-    a, b, more = tmp_path / "a", tmp_path / "b", ["--cache", str(tmp_path / "c"), "--batch", "2", "--sgcl-every", "2"]
+    a, b, more = (
+        tmp_path / "a",
+        tmp_path / "b",
+        ["--cache", str(tmp_path / "c"), "--batch", "2", "--sgcl-every", "2", "--log-every", "1"],
+    )
     assert train.main(train.parse_args(["--stage", "A", "--out", str(a), "--steps", "6", "--lr", "5e-5", *more])) == 0
     assert train.main(train.parse_args(["--stage", "B", "--init", str(a), "--out", str(b), "--steps", "2", *more])) == 0
     log = [json.loads(line) for line in (a / "log.jsonl").read_text().splitlines()]
