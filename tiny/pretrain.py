@@ -8,6 +8,7 @@ has made the pool of training pairs (runs/pool). The same command goes on where 
 commands and figures of the weights in this folder.
 
     vae              tiny/base/vae    PCAAutoencoder: pixel loss alone, then LPIPS, with a little noise on the latents
+    decoder          tiny/base/vae    the same, going on from there with the encoder frozen: latents made before stay good
     clip             tiny/clip        ViT: the same face, degraded or clean, gets the same token (contrastive, as CLIP)
     dino             tiny/dino        ViT: its token tells blur, downsampling, noise and JPEG quality apart
     posterior-mean   tiny/teacher     SwinIR, Eq. 2
@@ -22,7 +23,7 @@ from pathlib import Path
 from plumbing import commands
 
 HERE = Path(__file__).resolve().parent
-PARTS = ["vae", "clip", "dino", "posterior-mean", "flow", "unet"]
+PARTS = ["vae", "decoder", "clip", "dino", "posterior-mean", "flow", "unet"]
 
 
 def parse_args(argv=None):
@@ -66,6 +67,7 @@ from train import lpips_loss
 
 RECIPES = {
     "vae": Recipe(steps=2000, batch=32, lr=1e-3),
+    "decoder": Recipe(steps=2000, batch=32, lr=1e-3),
     "clip": Recipe(steps=1000, batch=128, lr=5e-4),
     "dino": Recipe(steps=1000, batch=64, lr=5e-4),
     "posterior-mean": Recipe(steps=4000, batch=32, lr=1e-3),
@@ -92,10 +94,23 @@ def shifted_lpips(lpips_fn, x_hat, x):
 
 
 def train_vae(args, pool, recipe, bf16):
-    """Pixel loss alone for the first third, then LPIPS with it: with LPIPS from the start such nets stay grey and blurred."""
+    """Starts from the principal components of the faces' patches."""
     vae = PCAAutoencoder().to(pool.device)
     x = pool.get("hq", pool.batch(512, step=0))
     vae.set_components(*half_whitened(patches(2 * x - 1), vae.config.latent_channels))
+    fit_vae("vae", vae, args, pool, recipe, bf16)
+
+
+def train_decoder(args, pool, recipe, bf16):
+    """Goes on from the autoencoder in --out and leaves its encoder as it is."""
+    vae = PCAAutoencoder.from_pretrained(args.out / "base" / "vae").to(pool.device)
+    vae.project.requires_grad_(False)
+    vae.encoder.requires_grad_(False)
+    fit_vae("decoder", vae, args, pool, recipe, bf16)
+
+
+def fit_vae(name, vae, args, pool, recipe, bf16):
+    """Pixel loss alone for the first third, then LPIPS with it: with LPIPS from the start such nets stay grey and blurred."""
     lpips_fn = load_lpips().to(pool.device)
 
     def loss_fn(step):
@@ -109,7 +124,7 @@ def train_vae(args, pool, recipe, bf16):
             loss = loss + 0.15 * shifted_lpips(lpips_fn, x_hat, x)
         return loss, {"mse": mse}
 
-    fit("vae", vae, loss_fn, lambda m: save_module(m, args.out / "base" / "vae"), recipe, args.seed, bf16)
+    fit(name, vae, loss_fn, lambda m: save_module(m, args.out / "base" / "vae"), recipe, args.seed, bf16)
 
 
 def save_module(module, folder):
@@ -286,7 +301,7 @@ def work(args):
     device = choose_device("auto")
     pool = Pool(args.data, Path("runs/pool"), args.seed, device)
     bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
-    train = {"vae": train_vae, "clip": train_clip, "dino": train_dino,
+    train = {"vae": train_vae, "decoder": train_decoder, "clip": train_clip, "dino": train_dino,
              "posterior-mean": train_posterior_mean, "flow": train_flow, "unet": train_unet}  # fmt: skip
     for part in args.parts:
         given = {"steps": args.steps, "batch": args.batch}
