@@ -620,12 +620,13 @@ def test_report_is_one_file_that_asks_nothing_of_the_network(tmp_path):
 
 def test_report_of_given_pictures_without_originals(given, monkeypatch):
     monkeypatch.setattr(quality, "load_models", None)  # not needed
-    (given / "lq" / "y.webp").rename(given / "lq" / "<script>.webp")
-    (given / "other" / "y_restored.png").rename(given / "other" / "<script>.png")
+    for folder, old, new in (("lq", "y.webp", "script>.webp"), ("other", "y_restored.png", "script>.png")):
+        (given / folder / "<").mkdir()
+        (given / folder / old).rename(given / folder / "<" / new)
     run("report", "--lq", given / "lq", "--restored", given / "other", "--out", given / "out.html")
     data, pixels, _ = shown_in(given / "out.html")
     assert data["metrics"] == [] and data["methods"] == ["input", f"restored {given / 'other'}"]
-    assert [face["name"] for face in data["faces"]] == ["<script>.webp", "a/x.webp"]
+    assert [face["name"] for face in data["faces"]] == ["</script>.webp", "a/x.webp"]
     assert np.array_equal(
         pixels[1][0], pictures.to_uint8(pictures.read_image(given / "lq" / "a" / "x.webp")).permute(1, 2, 0)
     )
