@@ -26,7 +26,7 @@ LEVEL_NAMES = ("light", "medium", "heavy")
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description="Degrade pictures: blur, downsampling, noise, JPEG, and back up (Sec. 4).")
     p.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="pictures, or folders searched recursively")
-    p.add_argument("-o", "--out", required=True, metavar="OUT", help="folder for the degraded copies (PNG)")
+    p.add_argument("-o", "--out", type=Path, required=True, metavar="OUT", help="folder for the degraded copies (PNG)")
     how = p.add_mutually_exclusive_group()
     how.add_argument("--ranges", choices=RANGE_NAMES, default="difface", help="draw the parameters (default difface)")
     how.add_argument("--level", choices=LEVEL_NAMES, help="fixed parameters instead of drawn ones")
@@ -46,7 +46,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from plumbing.pictures import find_images, make_folder, read_image, square, write_image
+from plumbing.files import make_folder
+from plumbing.pictures import read_image, square, write_image
+from plumbing.targets import plan_copies
 
 
 def apply(x, params):
@@ -248,15 +250,9 @@ EVALUATION = 2**32 - 1
 
 def work(args):
     """Writes a degraded copy of each picture, and prints its parameters. Returns the exit code."""
-    paths = find_images(args.images)
-    if not paths:
-        raise ValueError(f"expected at least one picture, got none in {' '.join(args.images)}: name another folder")
-    targets = [Path(args.out) / f"{path.stem}.png" for path in paths]
-    if len(set(targets)) < len(paths) or {t.resolve() for t in targets} & {p.resolve() for p in paths}:
-        raise ValueError(f"expected a new name in {args.out} for each copy, got one twice, or an input: change -o")
-    make_folder(args.out)
-    failed = 0
-    for i, (path, target) in enumerate(zip(paths, targets, strict=True)):
+    pairs, errors = plan_copies(args.images, args.out)
+    failed = int(any(map(complain, errors)))
+    for i, (path, target) in enumerate(pairs):
         try:
             with enough_memory(path, "make it smaller, or use --size"):
                 x = read_image(path)
@@ -267,6 +263,7 @@ def work(args):
         except (ValueError, OSError) as e:
             failed = complain(e)
             continue
+        make_folder(target.parent)
         write_image(target, y)
         say(f"{target}  {params}")
     return failed

@@ -11,13 +11,25 @@ RESULTS = ("_restored", "_compare")
 
 
 def plan(images, out=None, compare=False, overwrite=False):
-    """Which picture is written where: ([(picture, output), ...], [what is wrong with the others, ...]).
+    """Which picture is restored to where: ([(picture, output), ...], [what is wrong with the others, ...]).
 
     Leaves earlier results in folders out. No output is an input or the output of another picture. A file that is in the way,
     and that this program did not make, is kept unless `overwrite` is given or `out` names it. compare: *_compare is written
-    too.
-    ValueError if out cannot be what it should be: a folder, or a picture file for a single picture.
+    too. ValueError if out cannot be what it should be: a folder, or a picture file for a single picture.
     """
+    pairs, errors = pairs_of(images, out, "_restored.png", lambda found: without_results(found, beside=out is None))
+    if out is not None and names_a_file(out, len(pairs) + len(errors)):
+        pairs, overwrite = [(path, out) for path, _ in pairs], True
+    return without_clashes(pairs, errors, compare, overwrite)
+
+
+def plan_copies(images, out):
+    """As plan, for copies of pictures in a folder: NAME.png, in the tree that a given folder has."""
+    return without_clashes(*pairs_of(images, out, ".png"), compare=False, overwrite=True)
+
+
+def pairs_of(images, out, ending, select=lambda found: found):
+    """(picture, output) for each picture given or, as far as `select` keeps it, found in a folder; and what is wrong."""
     pairs, errors = {}, []
     for given in map(Path, images):
         try:
@@ -25,19 +37,15 @@ def plan(images, out=None, compare=False, overwrite=False):
         except (ValueError, OSError) as e:
             errors.append(str(e))
             continue
-        if given.is_dir():
-            found = without_results(found, beside=out is None)
+        found = select(found) if given.is_dir() else found
         if not found:
             errors.append(f"expected pictures ({', '.join(SUFFIXES)}) in {given}, got none: name another folder")
         for path in found:
-            target = path.with_name(f"{path.stem}_restored.png")
+            target = path.with_name(path.stem + ending)
             if out is not None:
                 target = out / (target.relative_to(given) if given.is_dir() else target.name)
             pairs.setdefault(os.path.realpath(path), (path, target))  # given twice, done once
-    pairs = list(pairs.values())
-    if out is not None and names_a_file(out, len(pairs) + len(errors)):
-        pairs, overwrite = [(path, out) for path, _ in pairs], True
-    return without_clashes(pairs, errors, compare, overwrite)
+    return list(pairs.values()), errors
 
 
 def without_results(paths, beside):
@@ -75,7 +83,7 @@ def without_clashes(pairs, errors, compare, overwrite):
     inputs, outputs, good = {same_name(path) for path, _ in pairs}, {}, []
     for path, target in pairs:
         written = [target, compare_name(target)] if compare else [target]
-        taken = [t for t in (target, compare_name(target)) if same_name(t) in inputs]
+        taken = [t for t in written if same_name(t) in inputs]
         foreign = [t for t in written if t.is_file() and not (overwrite or is_result(t))]
         if taken:
             errors.append(

@@ -356,15 +356,33 @@ def test_command_says_in_one_line_what_is_in_the_way(tmp_path, monkeypatch, caps
     assert call(tmp_path / "a.png", "-o", tmp_path / "out") == 1
     error = capsys.readouterr().err
     assert "enough memory for" in error and "a.png" in error and error.count("\n") == 1
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_command_does_not_write_over_its_input(tmp_path, capsys):
     write_image(tmp_path / "a.png", picture())
     before = (tmp_path / "a.png").read_bytes()
     assert call(tmp_path, "-o", tmp_path) == 1
-    assert "new name" in capsys.readouterr().err
+    assert "a.png, itself an input" in capsys.readouterr().err
     assert (tmp_path / "a.png").read_bytes() == before
+
+
+def test_command_keeps_the_tree_and_names_what_would_be_one_file(tmp_path, capsys):
+    for name in ("in/id1/001.png", "in/id2/001.PNG"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        write_image(tmp_path / name, picture(32, 32))
+    assert call(tmp_path / "in", "-o", tmp_path / "out") == 0
+    (tmp_path / "in/loop.png").symlink_to("loop.png")
+    assert call(tmp_path / "in", "-o", tmp_path / "again") == 1  # named, and the others are made
+    for out in ("out", "again"):
+        assert sorted(p.relative_to(tmp_path / out).as_posix() for p in (tmp_path / out).rglob("*.png")) == [
+            "id1/001.png", "id2/001.png"
+        ]  # fmt: skip
+    assert "loop.png" in capsys.readouterr().err
+    assert call(tmp_path / "in/id1/001.png", tmp_path / "in/id2/001.PNG", "-o", tmp_path / "flat") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "id1/001.png and" in error and "id2/001.PNG: rename one" in error
+    assert [p.name for p in (tmp_path / "flat").iterdir()] == ["001.png"]
 
 
 @pytest.mark.parametrize(

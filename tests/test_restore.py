@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 import restore
 from plumbing import commands, pictures
-from plumbing.targets import plan
 
 ROOT = Path(__file__).resolve().parent.parent
 DEGRADED = ROOT / "samples" / "degraded"
@@ -118,42 +117,6 @@ def test_padding_mirrors_the_picture():
     square = restore.to_square(x, 8)
     assert torch.equal(square[:, :, 2:6], x)
     assert torch.equal(square[:, :, :2], x[:, :, :2].flip(2)) and torch.equal(square[:, :, 6:], x[:, :, 2:].flip(2))
-
-
-# --- which file is written where
-
-
-def test_plan_puts_results_beside_the_pictures_and_skips_earlier_results(tmp_path):
-    for name in ("a.png", "a_restored.png", "a_compare.png", "b/c.JPG"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    assert plan([tmp_path]) == (
-        [(tmp_path / "a.png", tmp_path / "a_restored.png"), (tmp_path / "b/c.JPG", tmp_path / "b/c_restored.png")], []
-    )  # fmt: skip
-    pairs, _ = plan([tmp_path, tmp_path / "a.png"], tmp_path / "out")  # given twice, done once
-    assert [t for _, t in pairs] == [tmp_path / "out/a_restored.png", tmp_path / "out/b/c_restored.png"]
-
-
-def test_plan_never_lets_two_pictures_or_an_input_be_overwritten(tmp_path):
-    for name in ("a.png", "a.jpg", "b.png", "b_restored.png", "c.png", "c_compare.png"):
-        (tmp_path / name).touch()
-    pairs, errors = plan([tmp_path / "a.jpg", tmp_path / "a.png"])
-    assert [p.name for p, _ in pairs] == ["a.jpg"] and "a.png" in errors[0]
-    pairs, errors = plan([tmp_path / "b.png", tmp_path / "b_restored.png"])
-    assert [p.name for p, _ in pairs] == ["b_restored.png"] and "b.png" in errors[0]
-    pairs, errors = plan([tmp_path / "c.png", tmp_path / "c_compare.png"])
-    assert [p.name for p, _ in pairs] == ["c_compare.png"] and "c.png" in errors[0]
-    pairs, errors = plan([tmp_path / "a.png"], tmp_path / "a.png")
-    assert not pairs and "a.png" in errors[0]
-
-
-def test_plan_wants_a_folder_for_several_pictures(tmp_path):
-    for name in ("a.png", "b.png", "notes.txt"):
-        (tmp_path / name).touch()
-    with pytest.raises(ValueError, match="expected a folder"):
-        plan([tmp_path], tmp_path / "out.png")
-    with pytest.raises(ValueError, match="expected a folder"):
-        plan([tmp_path / "a.png"], tmp_path / "notes.txt")
 
 
 # --- the command, with the weights in tiny/

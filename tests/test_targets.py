@@ -1,4 +1,4 @@
-"""What restore.py does with the files that people have: what is a result, what is in the way, and what results keep."""
+"""Which file is written where: what is a result, what is in the way; and what restore.py keeps of the files people have."""
 
 import os
 import subprocess
@@ -38,6 +38,40 @@ def names(pairs):
 
 
 # --- whose files are whose --------------------------------------------------------------------------------------------
+
+
+def test_plan_puts_results_beside_the_pictures_and_skips_earlier_results(tmp_path):
+    for name in ("a.png", "b/c.JPG"):
+        put(tmp_path / name)
+    for name in ("a_restored.png", "a_compare.png"):
+        pictures.write_result(tmp_path / name, torch.zeros(3, 4, 4))
+    assert plan([tmp_path]) == (
+        [(tmp_path / "a.png", tmp_path / "a_restored.png"), (tmp_path / "b/c.JPG", tmp_path / "b/c_restored.png")], []
+    )  # fmt: skip
+    pairs, _ = plan([tmp_path, tmp_path / "a.png"], tmp_path / "out")  # given twice, done once
+    assert [t for _, t in pairs] == [tmp_path / "out/a_restored.png", tmp_path / "out/b/c_restored.png"]
+
+
+def test_plan_never_lets_two_pictures_or_an_input_be_overwritten(tmp_path):
+    for name in ("a.png", "a.jpg", "b.png", "b_restored.png", "c.png", "c_compare.png"):
+        (tmp_path / name).touch()
+    pairs, errors = plan([tmp_path / "a.jpg", tmp_path / "a.png"])
+    assert [p.name for p, _ in pairs] == ["a.jpg"] and "a.png" in errors[0]
+    pairs, errors = plan([tmp_path / "b.png", tmp_path / "b_restored.png"])
+    assert [p.name for p, _ in pairs] == ["b_restored.png"] and "b.png" in errors[0]
+    pairs, errors = plan([tmp_path / "c.png", tmp_path / "c_compare.png"], compare=True)
+    assert [p.name for p, _ in pairs] == ["c_compare.png"] and "c.png" in errors[0]
+    pairs, errors = plan([tmp_path / "a.png"], tmp_path / "a.png")
+    assert not pairs and "a.png" in errors[0]
+
+
+def test_plan_wants_a_folder_for_several_pictures(tmp_path):
+    for name in ("a.png", "b.png", "notes.txt"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match="expected a folder"):
+        plan([tmp_path], tmp_path / "out.png")
+    with pytest.raises(ValueError, match="expected a folder"):
+        plan([tmp_path / "a.png"], tmp_path / "notes.txt")
 
 
 def test_our_results_are_left_out_and_made_again(tmp_path, run):
