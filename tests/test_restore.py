@@ -279,7 +279,7 @@ def test_too_little_memory_is_named_and_the_others_are_done(tmp_path, monkeypatc
         raise MemoryError
 
     monkeypatch.setattr(restore, "load_model", load)
-    assert run(tmp_path / "a.png") == 2 and "enough memory for the student" in capsys.readouterr().err
+    assert run(tmp_path / "a.png") == 2 and "enough memory for this command" in capsys.readouterr().err
 
 
 def test_a_model_that_gives_nan_is_named(tmp_path, monkeypatch, capsys):
