@@ -122,7 +122,7 @@ def soften(face, d):
 
 def mask(a, b):
     """How much of a pixel is restored, (h, w) as a, b: 1 on the face, a smooth step over the outer 0.35 of a rounded square."""
-    t = ((1 - (a**4 + b**4) ** 0.25) / 0.35).clamp(0, 1)
+    t = ((1 - torch.hypot(a**2, b**2).sqrt()) / 0.35).clamp(0, 1)
     return t**2 * (3 - 2 * t)
 
 

@@ -50,11 +50,10 @@ def face_finder(path=None):
 
 
 def check_size(points, photo, where):
-    """ValueError unless a face (5, 2) lies in the photo (3, H, W) but for a tenth, and is no larger."""
+    """ValueError unless the photo (3, H, W) can show a face with such landmarks, (5, 2), perhaps cut off by its border."""
     (H, W), L = photo.shape[1:], max(photo.shape[1:])
-    x, y = points.T
-    inside = -0.1 * L < x.min() and x.max() < W + 0.1 * L and -0.1 * L < y.min() and y.max() < H + 0.1 * L
-    if not inside or (points.amax(0) - points.amin(0)).max() > 0.6 * L:
+    outside = torch.maximum(-points, points - torch.tensor([W, H])).max()
+    if outside > 0.1 * L or (points.amax(0) - points.amin(0)).max() > 0.6 * L:
         got = f"a face at {points[2].tolist()} of {where}"
         raise ValueError(f"expected landmarks in the pixels of a photo of {W} x {H}, got {got}: scale them")
 

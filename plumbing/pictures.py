@@ -194,7 +194,7 @@ def is_gray(x):
 
 def to_uint8(x):
     """8-bit values of a picture: 255 x, rounded (halves to even) and clipped to 0 ... 255; any shape, uint8."""
-    return (x.detach() * 255).round().clamp(0, 255).to(torch.uint8)
+    return (x.detach() * 255).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def resize(x, size):
@@ -205,7 +205,7 @@ def resize(x, size):
     if tuple(x.shape[-2:]) == tuple(size):
         return x
     batch = x if x.ndim == 4 else x[None]
-    out = F.interpolate(batch, size=tuple(size), mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
+    out = F.interpolate(batch, size=tuple(size), mode="bicubic", align_corners=False, antialias=True).clamp_(0, 1)
     return out if x.ndim == 4 else out[0]
 
 

@@ -162,6 +162,12 @@ def test_a_restored_face_lands_where_it_was_cut(size, scale, degrees):
     assert levels(result[:, rows, columns][:, full], other[:, rows, columns][:, full]) <= 2
 
 
+def test_the_way_back_is_antialiased():
+    photo, s = torch.full((3, 120, 120), 0.5), square(points(0.12, 3, (60.0, 60.0)))
+    stripes = (torch.arange(512) % 2).float().expand(3, 512, 512)
+    assert levels(restore_photo(photo, [s], lambda faces: [stripes], 512), photo) < 15
+
+
 def test_the_mask_is_smooth():
     t = torch.linspace(-1.2, 1.2, 2401)
     for a, b in ((t, 0 * t), (t, t), (t, 0.9 * torch.ones_like(t))):

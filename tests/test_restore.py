@@ -263,11 +263,11 @@ def test_too_little_memory_is_named_and_the_others_are_done(tmp_path, monkeypatc
         (tmp_path / name).write_bytes((DEGRADED / "light" / "hopper.png").read_bytes())
     work, calls = restore.restore, []
 
-    def once(*args):
+    def once(*args, **settings):
         calls.append(args)
         if len(calls) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
-        return work(*args)
+        return work(*args, **settings)
 
     monkeypatch.setattr(restore, "restore", once)
     assert run(tmp_path) == 1
@@ -279,7 +279,7 @@ def test_too_little_memory_is_named_and_the_others_are_done(tmp_path, monkeypatc
         raise MemoryError
 
     monkeypatch.setattr(restore, "load_model", load)
-    assert run(tmp_path / "a.png") == 2 and "enough memory for the student" in capsys.readouterr().err
+    assert run(tmp_path / "a.png") == 2 and "enough memory for this command" in capsys.readouterr().err
 
 
 def test_a_model_that_gives_nan_is_named(tmp_path, monkeypatch, capsys):
