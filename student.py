@@ -63,7 +63,7 @@ def enter(z_y, alpha_bar, entry):
 
     "mean": alpha z_y, the mean of q(z_tau | z_y). The base knows this amplitude, and eps = 0 makes the step the identity.
     "clean": z_y itself, 1.9 times the contrast that the base expects at tau = 499.
-    "noised": alpha z_y + sigma noise, as InterLCM's first step. One noise for all pictures: the step stays a function.
+    "noised": alpha z_y + sigma noise, as InterLCM's first step. One noise for all pictures, so the step stays a function.
     """
     if entry == "clean":
         return z_y
@@ -92,10 +92,10 @@ LORA_TARGETS = r".*(attn2\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))"
 
 @torch.no_grad()
 def merge_lora(unet, layers):
-    """W + (alpha / r) B A in every layer of a LoRA: its effect for good, at no cost a picture. Returns the same UNet.
+    """Adds (alpha / r) B A to each layer's W: the LoRA's effect stays, its cost goes. Returns the same UNet.
 
     layers: {name in the UNet: (A (r, in, ...), B (out, r, ...), alpha / r)}, linear layers or convolutions, from load_lora.
-    LCM-LoRA is merged so too: it makes SD v1.5's UNet a latent consistency model.
+    LCM-LoRA is merged the same way. It turns SD v1.5's UNet into a latent consistency model.
     """
     for name, (A, B, scale) in layers.items():
         W = unet.get_submodule(name).weight
@@ -134,7 +134,7 @@ class Student(nn.Module):
         return student
 
     def features(self, y):
-        """The frozen views of y: CLIP's tokens (B, 1 + N, D) and DINOv2's class token (B, D)."""
+        """What the frozen backbones give: CLIP's tokens (B, 1 + N, D), DINOv2's class token (B, D)."""
         with torch.no_grad():
             return vit_tokens(self.clip, y), vit_tokens(self.dino, y)[:, 0]
 
@@ -164,7 +164,7 @@ class Student(nn.Module):
         return decode(self.vae, self.step(encode(self.vae, y), y))
 
     def set_stage(self, stage):
-        """Marks what the stage trains (Sec. 4) and returns it as {name: parameter}; all else holds no gradient.
+        """Returns what the stage trains (Sec. 4), {name: parameter}, and turns the gradient of all else off.
 
         "A": visual encoder, spatial encoder, adapter. "B": LoRA and adapter (adds the LoRA if there is none yet).
         """
@@ -187,7 +187,7 @@ class Student(nn.Module):
     def save(self, folder, **settings):
         """Writes config.json (with `settings`), visual_encoder, adapter, spatial_encoder/ (diffusers), lora/ (peft).
 
-        Frozen published parts are not copied: config.json names them. In the parameters' dtype (student.half() to ship).
+        Frozen published parts are not copied: config.json names them. Tensors keep their dtype (student.half() to ship).
         """
         folder = Path(folder)
         self.spatial_encoder.save_pretrained(folder / "spatial_encoder")
@@ -203,7 +203,7 @@ class Student(nn.Module):
     def load(cls, checkpoint, merge=False):
         """A checkpoint ("tiny", a folder, or a run's folder: its newest) -> the student, eval mode, float32, CPU.
 
-        merge: the LoRA goes into the UNet's weights, which is all that restoring needs; such a student is not saved again.
+        merge: adds the LoRA to the UNet's weights. That is enough to restore; do not train or save such a student.
         """
         folder = newest_checkpoint(checkpoint)
         student = cls.from_published(load_config(folder))
@@ -222,7 +222,7 @@ class Student(nn.Module):
         self.config = load_config(folder)
 
     def load_lora(self, folder, merge):
-        """The LoRA that peft wrote: merged, or as layers that train on. ValueError if it is for other layers."""
+        """Reads the LoRA that peft wrote: merged, or as layers to train further. ValueError if it is for other layers."""
         file, other = "adapter_model.safetensors", ValueError("lora/ is for other layers")
         if merge:
             layers = load_lora(folder, file, self.unet)

@@ -63,7 +63,7 @@ class PMRF(nn.Module):
         return self.mmse_model(y).clamp(0, 1)
 
     def velocity(self, x_t, t):
-        """v(x_t, t) of Eq. 1, with gradient. x_t: (B, 3, H, W); t: in [0, 1], a number or (B,). Like x_t, dtype too."""
+        """v(x_t, t) of Eq. 1, with gradient. x_t: (B, 3, H, W); t in [0, 1]: a number, or (B,). Has x_t's shape and dtype."""
         t = t.to(x_t) if torch.is_tensor(t) else x_t.new_full((), t)  # made there: no GPU is waited for
         if t.ndim > 1 or t.numel() not in (1, len(x_t)):
             raise ValueError(f"expected one t, or one for each of {len(x_t)} pictures, got shape {tuple(t.shape)}")
@@ -73,8 +73,8 @@ class PMRF(nn.Module):
     def transport(self, x_mmse, eps, steps=None, sigma_s=None, t_eps=None):
         """X_0 of Eq. 4, by `steps` left Euler steps of Eq. 1 from t_eps to 1, clipped to [0, 1] only at the end.
 
-        x_mmse: (B, 3, H, W) in [0, 1]; eps: the same shape, standard normal. Default: 25 steps, and sigma_s 0.1, t_eps 0
-        where the config of the weights names no others. ValueError for steps that are no whole number from 1 on.
+        x_mmse: (B, 3, H, W) in [0, 1]; eps: the same shape, standard normal. Defaults: those of the weights' config, else
+        25 steps, sigma_s 0.1, t_eps 0. ValueError unless steps is a whole number from 1 on.
         """
         steps, sigma_s = self.steps if steps is None else steps, self.sigma_s if sigma_s is None else sigma_s
         t_eps = self.t_eps if t_eps is None else t_eps
@@ -89,8 +89,8 @@ class PMRF(nn.Module):
     def restore(self, y, steps=None, seed=0, sigma_s=None):
         """Posterior mean, then transport. y: (B, 3, H, W) in [0, 1] -> (B, 3, 8h, 8w) in [0, 1], the size SwinIR gives.
 
-        seed: one for every picture, or a sequence of one each, whole numbers modulo 2^32. Noise is drawn for each picture
-        alone, on the CPU, so that a picture depends on the batch it is in by rounding only: 1 and 8 differ by 2e-6 there.
+        seed: one number for all pictures, or one a picture (modulo 2^32). Each picture draws its own noise, on the CPU. So
+        the batch changes a picture by rounding only: alone and in a batch of 8 it differs by 2e-6.
         """
         x_mmse = self.posterior_mean(y)
         seeds = list(seed) if hasattr(seed, "__len__") else [seed] * len(y)
@@ -103,17 +103,17 @@ class PMRF(nn.Module):
     def from_pretrained(cls, name_or_folder):
         """The teacher with published weights, float32, eval mode: a hub id, a folder like one, or a Lightning .ckpt.
 
-        steps stays the paper's 25: num_flow_steps in the files is what training was validated with (50 in PMRF's script).
-        Raises FileNotFoundError for what is not there, ValueError for files that are cut, foreign or of other sizes.
+        The files' num_flow_steps is what training was validated with (50 in PMRF's script); steps stays the paper's 25.
+        FileNotFoundError if nothing is there, ValueError if a file is cut, foreign or of another size.
         """
         with published.loading_pmrf(name_or_folder):
             settings, weights, average = published.read_pmrf(name_or_folder)
-            with torch.device("meta"):  # no time for random weights that are replaced at once
+            with torch.device("meta"):  # random weights would be replaced at once: make none
                 swinir, hdit = SwinIR(**settings.pop("swinir")), HDiT(**settings.pop("hdit"))
             return published.fill_pmrf(cls(swinir, hdit, **settings), weights, average).eval()
 
     def save_pretrained(self, folder, dtype=torch.float16):
-        """Write config.json and model.safetensors as published, plus the sizes; parameters in dtype; no half files."""
+        """Writes config.json (as published, plus the networks' sizes) and model.safetensors in dtype; no half files."""
         config = {"mmse_noise_std": self.sigma_s, "num_flow_steps": self.steps, "eps": self.t_eps}
         config |= {"hdit": self.model.config, "swinir": self.mmse_model.config}
         published.write_pmrf(folder, config, self, dtype)

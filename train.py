@@ -8,8 +8,8 @@
     python train.py --stage B --init runs/stage_a        LoRA + adapter, encoders frozen
     torchrun --nproc_per_node=8 train.py --stage A ...   the same on several GPUs; --batch is the global batch
 
-The same command again goes on from the last checkpoint in --out. Every random number of a step is a function of the seed,
-the step and the picture, so a run that was killed and one on two processes make the same steps as an unbroken one.
+The same command again goes on from the last checkpoint in --out. Every random number of a step depends on the seed, the
+step and the picture alone. So a killed run that goes on, and a run on two processes, make the steps of one unbroken run.
 --out holds step-*/ (config.json and safetensors: the EMA weights, and training.safetensors to go on from; the last two are
 kept), log.jsonl (the terms of Eq. 6, raw and weighted) and grid.png (LQ | student | X† of the cache's first pictures).
 Images: (B, 3, H, W) float32 in [0, 1]. Latents: (B, C, h, w), VAE latents times their scaling factor.
@@ -31,13 +31,13 @@ def parse_args(argv=None):
     add("--init", type=Path, help="Stage B: the Stage A run or checkpoint to start from")
     add("--steps", type=whole(0, 999_999), default=1000, help="optimizer steps; 0 keeps the untrained student")
     add("--batch", type=whole(1, 10**6), default=16, help="pictures a step, over all processes (the paper: not given)")
-    add("--accumulate", type=whole(1, 10**6), default=1, metavar="N", help="each process makes its share in N parts")
+    add("--accumulate", type=whole(1, 10**6), default=1, metavar="N", help="each process splits its share into N parts")
     add("--checkpointing", action="store_true", help="recompute activations in the backward pass: less memory")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 on a GPU (Sec. 4), else fp32")
     add("--seed", type=whole(0), default=0, help="of fresh layers, the pictures' order, SGCL's t and noise")
     add("--save-every", type=whole(1, 10**6), default=200, metavar="N", help="steps between checkpoints")
     add("--log-every", type=whole(1, 10**6), default=10, metavar="N", help="steps between lines of log.jsonl")
-    add("--resume", action="store_true", help="insist on going on: no checkpoint in --out is then an error")
+    add("--resume", action="store_true", help="fail if --out holds no checkpoint to go on from")
     add("--lr", type=real, help="peak learning rate of AdamW (default: the preset's; paper: 2e-5)")
     add("--lambda-lat", type=real, default=1.0, help="weight of the latent MSE in Eq. 6")
     add("--lambda-lpips", type=real, default=0.5, help="weight of LPIPS in Eq. 6")
@@ -100,7 +100,7 @@ def latent_loss(z_hat, z_target):
 def lpips_loss(lpips_fn, x_hat, x_target):
     """Learned perceptual distance (LPIPS, AlexNet) of x_hat to X†, L_lpips of Eq. 6; images in [0, 1]. A scalar.
 
-    In float32 under autocast too: it is small against the decoder, and compares features that are nearly equal.
+    Always in float32: it compares features that are nearly equal, and costs little beside the decoder.
     """
     with torch.autocast(x_hat.device.type, enabled=False):
         return lpips_fn(x_hat.float(), x_target.float(), normalize=True).mean()
@@ -191,7 +191,7 @@ class Run:
 
 
 def recompute(student):
-    """Activations of the UNet, the spatial encoder and the VAE are made again in the backward pass, not kept."""
+    """Gradient checkpointing: UNet, spatial encoder and VAE recompute their activations in the backward pass."""
     for part in (student.unet, student.spatial_encoder, student.vae):
         if part._supports_gradient_checkpointing:  # all but the tiny preset's autoencoder
             part.enable_gradient_checkpointing()
@@ -224,7 +224,7 @@ def optimize(run, first):
     run.batches.steps = range(first, args.steps)
     batches = iter(loader(run.data, run.batches, run.device))
     lambdas = {"lat": args.lambda_lat, "lpips": args.lambda_lpips, "l1": args.lambda_l1}
-    lambdas["sgcl"] = args.sgcl_every * args.lambda_sgcl  # in every n-th step only: lambda is its mean weight
+    lambdas["sgcl"] = args.sgcl_every * args.lambda_sgcl  # in every n-th step, n times as strong: lambda on average
     bar = tqdm(range(first + 1, args.steps + 1), f"Stage {args.stage}", args.steps, initial=first, disable=run.rank > 0)
     for step in bar:
         lr, raw = set_rate(run.optimizer, args.lr, step, args.steps), {}

@@ -17,8 +17,8 @@ from evaluation.faces import degraded, find_faces
 from evaluation.metrics import mean_interval
 from evaluation.quality import student_row
 from evaluation.tables import DIGITS, TITLES, markdown, spread, write_csv, write_text
-from plumbing import pictures
 from plumbing.commands import say
+from plumbing.pictures import make_folder
 from plumbing.presets import ROOT, load_config, locate, newest_checkpoint
 from plumbing.shards import read_meta
 from student import Student
@@ -53,13 +53,13 @@ def ablation(data, cache, out, *, steps, seeds, batch, precision, ranges, limit,
     these settings.
     """
     found, failed = find_faces(data, limit)
-    pictures.make_folder(out)
+    make_folder(out)
     meta, lines, sets = read_meta(cache), [], {}
-    note = f"{2 * steps} steps of batch {batch} ({precision}) a row on {meta['count']} samples; seeds {seeds}; "
-    note += (
-        f"{len(found)} faces, drawn from {ranges}, seed 0{measures.note()}. Mean over seeds (lowest to highest). The "
+    note = (
+        f"{2 * steps} steps of batch {batch} ({precision}) a row on {meta['count']} samples; seeds {seeds}; "
+        f"{len(found)} faces, drawn from {ranges}, seed 0{measures.note()}. Mean over seeds (lowest to highest). "
+        "The differences are paired by face and seed, with the 95 % interval of drawing faces and seeds with replacement.\n\n"
     )
-    note += "differences are paired by face and seed, with the 95 % interval of drawing faces and seeds with replacement.\n\n"
     fixes = {"full": "wavelet", "w/o colour correction": "none"}  # measured on the same students
     own = f"entry: {load_config(meta['preset'])['entry']}"  # the full model's, so no row of its own
     for row in [row for row in ABLATION if row != own]:

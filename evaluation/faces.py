@@ -1,7 +1,7 @@
 """The faces that evaluate.py measures: clean ones, degraded here, or given pairs of degraded and original (paper Sec. 4).
 
 Usage: for face in degraded(find_faces("faces/val")[0], 128): measure(method(face), face.x)
-       for face in given(find_pairs("CelebA-Test/lq", ["CelebA-Test/hq"])[0], "CelebA-Test/hq"): ...
+       for face in given(find_pairs("test/lq", "test/hq")[0], "test/lq", "test/hq"): ...
 """
 
 import collections
@@ -13,10 +13,11 @@ from tqdm import tqdm
 import degrade
 from plumbing import pictures
 from plumbing.commands import complain
+from plumbing.targets import without_results
 
 # name: the path in its folder; seed: of the degradation and the teacher's noise; x: the original, None if there is none;
-# y: the degraded face; pictures are (3, H, W) float32 in [0, 1]; files: {folder: path} of given pictures
-Face = collections.namedtuple("Face", "name seed x y files", defaults=({},))
+# y: the degraded face; restored: files of other programs' results. Pictures are (3, H, W) float32 in [0, 1].
+Face = collections.namedtuple("Face", "name seed x y restored", defaults=((),))
 
 
 # --- clean faces, degraded here ---------------------------------------------------------------------------------------
@@ -52,50 +53,57 @@ def degraded(found, size, level="default", ranges="difface", seed=0):
 # --- given pictures ---------------------------------------------------------------------------------------------------
 
 
-def find_pairs(lq, others, limit=None):
-    """[(index, name, {folder: path}), ...] of the first `limit` pictures in `lq` and their partners, and how many have none.
+def find_pairs(lq, hq=None, restored=(), limit=None):
+    """[(index, name, paths), ...] of the first `limit` faces in the folder `lq`, and the number of those left out.
 
-    others: the folders that must hold a partner: a picture of the same path in its folder, whatever its suffix. What
-    restore.py wrote counts too (*_restored; *_compare is passed over). What has no partner, or cannot be read, is named on
-    stderr. ValueError if no face is left, or two pictures of a folder differ in the suffix alone.
+    paths: of the same name, whatever the suffix, in lq, in the folder of originals hq if there is one, and in each folder of
+    `restored`, where what restore.py writes counts too: *_restored. A face that lacks a partner, or cannot be read, is named
+    on stderr. ValueError if none is left, or two pictures of a folder have one name.
     """
-    folders, good, failed = {folder: by_name(folder) for folder in (lq, *others)}, [], 0
-    names = list(folders[lq])[:limit]
-    strangers = [] if limit else [name for other in others for name in folders[other] if name not in folders[lq]]
-    for i, name in enumerate(dict.fromkeys([*names, *strangers])):
-        if missing := [str(folder) for folder, files in folders.items() if name not in files]:
-            failed += complain(f"expected a picture {name} in each folder, got none in {', '.join(missing)}: left out")
-        elif all([readable(files[name]) for files in folders.values()]):
-            good.append(
-                (i, relative(folders[lq][name], lq), {folder: files[name] for folder, files in folders.items()})
-            )
+    folders = [lq, *([hq] if hq else []), *restored]
+    files = [by_name(folder, results=k >= len(folders) - len(restored)) for k, folder in enumerate(folders)]
+    names = list(files[0])[:limit]
+    names += [] if limit else [name for other in files[1:] for name in other if name not in files[0]]
+    good, failed = [], 0
+    for i, name in enumerate(dict.fromkeys(names)):
+        paths = [own.get(name) for own in files]
+        if None in paths:
+            lacking = ", ".join(str(folder) for folder, path in zip(folders, paths, strict=True) if path is None)
+            failed += complain(f"expected a picture {name} in each folder, got none in {lacking}: left out")
+        elif all([readable(path) for path in paths]):
+            good.append((i, relative(paths[0], lq), paths))
         else:
             failed += 1
     if not good:
-        raise ValueError(
-            f"expected pictures of the same names in {' and '.join(map(str, folders))}, got none: see above"
-        )
+        names = " and ".join(map(str, folders))
+        raise ValueError(f"expected pictures of the same names in {names}, got none: check the folders")
     return good, failed
 
 
-def by_name(folder):
-    """{path in the folder without suffix: path} of its pictures."""
-    files = {}
-    for path in pictures.find_images([folder]):
-        name = str(Path(relative(path, folder)).with_suffix("")).removesuffix("_restored")
-        if name.endswith("_compare"):
-            continue
-        if name in files:
+def by_name(folder, results):
+    """{path in the folder without suffix: path} of its pictures: of the results in it, or of the others."""
+    found, files = pictures.find_images([folder]), {}
+    for path in sorted(found, key=is_named_result) if results else without_results(found, beside=True):
+        name = str(Path(relative(path, folder)).with_suffix(""))
+        if results and is_named_result(path):
+            files[name.removesuffix("_restored")] = path  # rather than the input beside it
+        elif name in files:
             raise ValueError(f"expected one picture {name} in {folder}, got {files[name]} and {path}: remove one")
-        files[name] = path
+        elif not (results and name.endswith("_compare")):
+            files[name] = path
     return files
+
+
+def is_named_result(path):
+    return path.stem.endswith("_restored")
 
 
 def given(pairs, lq, hq=None, seed=0):
     """Yields a Face with seed + index, at the size of its files, for each of find_pairs."""
-    for i, name, files in tqdm(pairs, desc=str(lq), disable=None):
-        x = pictures.read_image(files[hq]) if hq else None
-        yield Face(name, seed + i, x, pictures.read_image(files[lq]), files)
+    for i, name, paths in tqdm(pairs, desc=str(lq), disable=None):
+        first, *others = paths
+        x = pictures.read_image(others.pop(0)) if hq else None
+        yield Face(name, seed + i, x, pictures.read_image(first), others)
 
 
 # --- both -------------------------------------------------------------------------------------------------------------

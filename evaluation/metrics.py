@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from evaluation.identity import Identity
-from plumbing.pictures import SUFFIXES, find_images, resize
+from plumbing.files import READ, find_images
+from plumbing.pictures import resize
 from plumbing.published import load_lpips
 
 PAIRED, SETS, NO_REFERENCE = (
@@ -160,7 +161,7 @@ def set_metrics(folder, reference, wanted, device, cache):
         cache_root=str(cache),
         cuda=device.type == "cuda",
         samples_find_deep=True,
-        samples_find_ext=",".join(suffix[1:] for suffix in SUFFIXES),
+        samples_find_ext=",".join(suffix[1:] for suffix in READ),
         kid_subset_size=min(1000, *counts),
         verbose=False,
         **asked,

@@ -61,7 +61,34 @@ def student_row(student, color_fix, device):
 
 def read_rows(folders):
     """Pictures that some other program restored; the faces come from `given`."""
-    return {f"restored {folder}": lambda face, f=folder: pictures.read_image(face.files[f]) for folder in folders}
+    return {f"restored {f}": lambda face, k=k: pictures.read_image(face.restored[k]) for k, f in enumerate(folders)}
+
+
+# --- what is compared on what: rows, [(level, title, number of faces, faces), ...], number of pictures left out ----------
+
+
+def clean_faces(data, checkpoints, *, steps, levels, ranges, seed, limit, device):
+    """Clean faces of a folder, brought to the models' size and degraded here, once for each of levels."""
+    found, failed = find_faces(data, limit)
+    students, teacher = load_models(checkpoints, device)
+    size, tables = next(iter(students.values())).image_size, []
+    for level in levels:
+        drawn = f"drawn from {ranges}" if level == "default" else f"level {level}"
+        title = f"{drawn}, seed {seed}, {len(found)} faces at {size} px"
+        tables.append((level, title, len(found), degraded(found, size, level, ranges, seed)))
+    return methods(students, teacher, steps, device), tables, failed
+
+
+def given_faces(lq, hq, restored, checkpoints, *, steps, seed, limit, device):
+    """Given pictures: `lq` degraded, `hq` their originals or None, `restored` folders of another program's results.
+
+    Without checkpoints there is no teacher and no student.
+    """
+    pairs, failed = find_pairs(lq, hq, restored, limit)
+    models = load_models(checkpoints, device) if checkpoints else None
+    rows = (methods(*models, steps, device) if models else {"input": lambda face: face.y}) | read_rows(restored)
+    title = f"{lq}, {len(pairs)} pictures" + f", originals in {hq}" * bool(hq) + f", seed {seed}" * bool(models)
+    return rows, [("given", title, len(pairs), given(pairs, lq, hq, seed))], failed
 
 
 # --- faces x rows -> numbers ------------------------------------------------------------------------------------------
@@ -129,51 +156,20 @@ def timed(method, face, device):
 # --- the tables -------------------------------------------------------------------------------------------------------
 
 
-def quality(data, checkpoints, out, *, steps, levels, ranges, seed, limit, measures, device):
-    """Clean faces of a folder, degraded here: quality.csv (a line a face and method) and quality.md (means with 95 %
-    intervals over the faces) in the folder `out`, a table a level.
+def quality(rows, tables, out, measures):
+    """quality.csv (a line a face and method) and quality.md (means with 95 % intervals over the faces) in the folder `out`.
 
-    measures: Measures; the other arguments as in evaluation.faces. Returns the number of faces that could not be read.
+    rows, tables: from clean_faces or given_faces; measures: Measures. Both files grow table by table.
     """
-    found, failed = find_faces(data, limit)
-    students, teacher = load_models(checkpoints, device)
-    rows, size = methods(students, teacher, steps, device), next(iter(students.values())).image_size
-    title = f", {len(found)} faces at {size} px"
-    faces = {level: degraded(found, size, level, ranges, seed) for level in levels}
-    write_tables(rows, faces, {level: heading(level, ranges, seed) + title for level in levels}, out, measures)
-    return failed
-
-
-def quality_of_given(lq, hq, restored, checkpoints, out, *, steps, seed, limit, measures, device):
-    """Given pictures instead: `lq` degraded, `hq` their originals or None, `restored` folders of another program's results.
-
-    Writes the same files as `quality`, without teacher and student if there are no checkpoints. Returns the number of
-    pictures that could not be read or have no partner.
-    """
-    pairs, failed = find_pairs(lq, [folder for folder in (hq, *restored) if folder], limit)
-    models = load_models(checkpoints, device) if checkpoints else None
-    rows = (methods(*models, steps, device) if models else {"input": lambda face: face.y}) | read_rows(restored)
-    title = f"{lq}, {len(pairs)} pictures" + (f", originals in {hq}" if hq else "") + f", seed {seed}" * bool(models)
-    write_tables(rows, {"given": given(pairs, lq, hq, seed)}, {"given": title}, out, measures)
-    return failed
-
-
-def write_tables(rows, faces, titles, out, measures):
-    """A table for each level of faces {level: iterable}, under its title, and all lines in one CSV file."""
     pictures.make_folder(out)
-    lines, tables = [], []
-    for level in faces:
-        done, sets = measures(rows, faces[level], out)
-        tables.append(f"## {titles[level]}{measures.note()}\n\n{quality_table(done, sets)}")
-        say(tables[-1])
+    lines, texts = [], []
+    for level, title, _, faces in tables:
+        done, sets = measures(rows, faces, out)
+        texts.append(f"## {title}{measures.note()}\n\n{quality_table(done, sets)}")
+        say(texts[-1])
         lines += [{"level": level, **line} for line in done]
         write_csv(out / "quality.csv", lines)
-        write_text(out / "quality.md", "\n".join(tables))
-
-
-def heading(level, ranges, seed):
-    """Which degradation, in words."""
-    return (f"drawn from {ranges}" if level == "default" else f"level {level}") + f", seed {seed}"
+        write_text(out / "quality.md", "\n".join(texts))
 
 
 def quality_table(lines, sets):

@@ -1,59 +1,67 @@
-"""One page of pictures and numbers: input, posterior mean, teacher, student and original of each face; nothing else.
+"""One HTML page to look at: before | after of each face by every method, with the numbers beside them; nothing else.
 
-Used by `python evaluate.py report`.
+Used by `python evaluate.py report`. The page is report.html, which lies beside this file, with the pictures in it: it needs no
+network. It stays below MAX_BYTES: where lossless pictures are too many, they are compressed, but measured they are before that.
 """
 
 import base64
-import html
+import io
+import json
+import math
+from pathlib import Path
 
-from evaluation.faces import degraded, find_faces
-from evaluation.metrics import PictureMetrics
-from evaluation.quality import CEILING, heading, load_models, methods, timed
-from evaluation.tables import write_text
+from PIL import Image
+
+from evaluation.quality import CEILING, timed
+from evaluation.tables import DIGITS, TITLES, write_text
 from plumbing import pictures
 from plumbing.commands import say
 
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>DirectFlow: restored faces</title>
-<style>body{{font:14px sans-serif;margin:1em}}td,th{{padding:4px;text-align:center;font-weight:normal}}
-img{{width:{width}px;display:block}}td{{font-size:12px;color:#444}}</style>
-<h1>Restored faces</h1><p>{caption}</p><table><tr>{header}</tr>
-{rows}
-</table></html>
-"""
+MAX_BYTES = 100e6
+PAGE = Path(__file__).with_suffix(".html")
 
 
-def report(data, checkpoints, out, *, level, ranges, seed, limit, device):
-    """Writes one HTML page with all pictures in it: a row a face, a column a method, the numbers under each picture.
-
-    out: the file. Returns the number of faces that could not be read. ValueError if `out` is a folder or no face is left.
-    """
-    if out.is_dir():
-        raise ValueError(f"expected a file for the page, got the folder {out}: name a file in it")
-    found, failed = find_faces(data, limit)
+def report(rows, tables, out, measures):
+    """Writes the page to the file `out`. rows, tables: from quality.clean_faces or given_faces; measures: quality.Measures."""
     pictures.make_folder(out.parent)
-    students, teacher = load_models(checkpoints, device)
-    columns, measure = (
-        methods(students, teacher, [teacher.steps], device),
-        PictureMetrics(("psnr", "ssim", "lpips"), device),
-    )
-    columns.pop(CEILING)
-    size, rows = next(iter(students.values())).image_size, []
-    for face in degraded(found, size, level, ranges, seed):
-        cells = []
-        for method in columns.values():
-            x_hat, _ = timed(method, face, device)
-            v = measure(x_hat, face.x)
-            cells.append(cell(x_hat, f"PSNR {v['psnr']:.2f}<br>SSIM {v['ssim']:.3f}<br>LPIPS {v['lpips']:.3f}"))
-        rows.append("<tr>" + "".join([*cells, cell(face.x, html.escape(face.name))]) + "</tr>")
-    header = "".join(f"<th>{html.escape(c)}</th>" for c in [*columns, "original"])
-    caption = html.escape(f"Degradation {heading(level, ranges, seed)}; {size} px.")
-    page = PAGE.format(width=max(192, size // 2), caption=caption, header=header, rows="\n".join(rows))
+    rows = {name: method for name, method in rows.items() if name != CEILING}
+    ((_, title, count, found),) = tables
+    limit = 0.74 * MAX_BYTES / (count * (len(rows) + 1))  # a picture; in base64 three bytes are four
+    faces, texts, qualities = [], [], [None, 95, 90, 80, 65, 50, 30]
+    for i, face in enumerate(found):
+        shown = {name: timed(method, face, measures.device)[0] for name, method in rows.items()}
+        values = {name: measures.picture(x_hat, face.x) for name, x_hat in shown.items()}
+        size = list(shown["input"].shape[:0:-1])  # width, height
+        faces.append({"name": face.name, "size": size, "values": {name: finite(v) for name, v in values.items()}})
+        shown |= {} if face.x is None else {"original": face.x}
+        for k, x in enumerate(shown.values()):
+            data = base64.b64encode(compress(x, limit, qualities)).decode()
+            texts.append(f'<script type="text/plain" id="p{i}-{k}">{data}</script>')
+    metrics = [
+        {"title": TITLES[m], "sign": 1 if "↑" in TITLES[m] else -1, "digits": DIGITS.get(m, 4)} for m in values["input"]
+    ]
+    caption = f"{title}." + f" Pictures compressed, down to WebP's quality {qualities[0]}." * bool(qualities[0])
+    data = {"caption": caption, "methods": list(shown), "after": list(rows)[-1], "metrics": metrics, "faces": faces}
+    data = json.dumps(data).replace("<", "\\u003c")  # so that no file name ends the script
+    page = PAGE.read_text(encoding="utf-8").replace("DATA", data, 1).replace("<!-- PICTURES -->", "\n".join(texts), 1)
     write_text(out, page)
-    say(f"{out}: {len(rows)} faces")
-    return failed
+    say(f"{out}: {len(faces)} faces, {len(page) / 1e6:.1f} MB")
 
 
-def cell(x, text):
-    """A table cell with the picture x (3, S, S) inside the page itself and a text under it."""
-    data = base64.b64encode(pictures.encode_image(x, ".png")).decode()
-    return f'<td><img src="data:image/png;base64,{data}" alt="">{text}</td>'
+def finite(values):
+    """The numbers of a picture in their order, as JSON knows them: none for the PSNR of a picture with itself."""
+    return [v if math.isfinite(v) else None for v in values.values()]
+
+
+def compress(x, limit, qualities):
+    """x (3, H, W) as WebP of at most `limit` bytes, in the first of `qualities` (None: lossless) that does it, or the last.
+
+    What is too large is dropped from `qualities`, so that the next picture does not try it again.
+    """
+    image = Image.fromarray(pictures.to_uint8(x).permute(1, 2, 0).contiguous().numpy())
+    while True:
+        f = io.BytesIO()
+        image.save(f, "WEBP", lossless=qualities[0] is None, quality=qualities[0] or 20, method=2)
+        if len(f.getvalue()) <= limit or len(qualities) == 1:
+            return f.getvalue()
+        qualities.pop(0)

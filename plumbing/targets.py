@@ -104,3 +104,31 @@ def without_clashes(pairs, errors, compare, overwrite):
 def compare_name(target):
     """Where --compare writes: face_restored.png -> face_compare.png."""
     return target.with_name(target.stem.removesuffix("_restored") + "_compare.png")
+
+
+def plan_faces(photos, out):
+    """Where the faces of photos are written: ({photo: path without number and suffix}, [what is wrong with others, ...]).
+
+    Keeps the folders' structure. ValueError if `out` holds a photo, since a second run would take its faces for photos.
+    """
+    names, errors = {}, []
+    for given in map(Path, photos):
+        try:
+            found = find_images([given])
+        except (ValueError, OSError) as e:
+            errors.append(str(e))
+            continue
+        if not found:
+            errors.append(f"expected photos ({', '.join(SUFFIXES)}) in {given}, got none: name another folder")
+        for path in found:
+            name = out / (path.relative_to(given) if given.is_dir() else path.name)
+            names.setdefault(path, name.with_suffix(""))
+    for path in names:
+        if out.resolve() in path.resolve().parents:
+            raise ValueError(f"expected a folder for faces alone, got -o {out}, which holds {path}: name another")
+    owners = {}
+    for path, name in list(names.items()):
+        owner = owners.setdefault(same_name(name), path)
+        if owner != path:
+            errors.append(f"expected different names, got {owner} and {path} for {names.pop(path)}_0.png: rename one")
+    return names, errors

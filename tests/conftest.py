@@ -41,10 +41,15 @@ def small_config(tmp_path_factory):
     for part, name in ((unet, "unet"), (vae, "vae"), (schedule, "scheduler")):
         part.save_pretrained(root / "base" / name)
     for name in ("clip", "dino"):
-        arch, size = "vit_tiny_patch16_224", {"img_size": 64, "embed_dim": 96, "depth": 1, "num_heads": 2}
+        arch, size = "vit_tiny_patch16_224", {"img_size": 48, "embed_dim": 96, "depth": 1, "num_heads": 2}
         vit = timm.create_model(arch, num_classes=0, **size)
         (root / name).mkdir()
-        cfg = {"input_size": [3, 64, 64], "mean": [0.5] * 3, "std": [0.5] * 3, "num_classes": 0}
+        mean_std = {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28]}
+        cfg = {
+            "input_size": [3, 48, 48],
+            "num_classes": 0,
+            **mean_std,
+        }  # no pictures' size, no [-1, 1]: both would hide faults
         text = json.dumps({"architecture": arch, "num_classes": 0, "model_args": size, "pretrained_cfg": cfg})
         (root / name / "config.json").write_text(text)
         save_file(vit.state_dict(), root / name / "model.safetensors")
@@ -56,7 +61,7 @@ def small_config(tmp_path_factory):
         "preset": str(root), "stage": "published", "lr": 1e-3, "image_size": 64,
         "teacher": str(root / "teacher"), "base": str(root / "base"), "lcm_lora": None,
         "clip": {"name": str(root / "clip")}, "dino": {"name": str(root / "dino")}, "condition_channels": [16, 16, 16, 32],
-        "visual_encoder": {"nf": 32, "emb_dim": 17, "ch_mult": [1, 1, 2], "res_blocks": 1}, "lora_rank": 4,
+        "visual_encoder": {"nf": 32, "emb_dim": 10, "ch_mult": [1, 1, 2], "res_blocks": 1}, "lora_rank": 4,
     }  # fmt: skip
     (root / "config.json").write_text(json.dumps(config))  # so that the folder's name serves as a preset
     return config

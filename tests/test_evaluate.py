@@ -1,5 +1,6 @@
 """The tables (evaluate.py and what it stands on): measures against scikit-image, and each table from end to end."""
 
+import base64
 import csv
 import importlib.util
 import io
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import degrade
 import evaluate
@@ -357,8 +359,7 @@ def test_given_pictures_are_measured_in_pairs_at_their_own_size(given, monkeypat
 def test_given_pictures_are_restored_as_restore_py_writes_them(given, monkeypatch):
     from restore import restore
 
-    monkeypatch.setattr(quality, "CEILING", "ceiling")
-    student = Student.load("tiny")
+    student = Student.load("tiny", merge=True)
     student_only = {"student tiny": quality.student_row(student, "wavelet", "cpu")}
     monkeypatch.setattr(quality, "methods", lambda *_: student_only)
     monkeypatch.setattr(quality, "load_models", lambda *_: ({}, None))
@@ -388,7 +389,14 @@ def test_pictures_without_a_partner_are_named_and_left_out(given, capsys):
     assert "1 pictures" in (given / "out" / "quality.md").read_text()
     pictures.write_image(given / "lq" / "y.png", torch.rand(3, 32, 40))
     with pytest.raises(ValueError, match="one picture y in .*y.png and .*y.webp"):
-        faces.find_pairs(given / "lq", [])
+        faces.find_pairs(given / "lq")
+
+
+def test_results_beside_their_inputs_are_measured_as_results(tmp_path):
+    for name in ("x.png", "x_restored.png", "x_compare.png"):
+        pictures.write_image(tmp_path / name, torch.rand(3, 32, 40))
+    ((_, name, paths),), failed = faces.find_pairs(tmp_path, restored=[tmp_path])
+    assert (name, [p.name for p in paths], failed) == ("x.png", ["x.png", "x_restored.png"], 0)
 
 
 def test_without_originals_only_what_needs_none_is_measured(given, monkeypatch):
@@ -500,7 +508,7 @@ def test_ablation_measures_every_row_and_seed(tmp_path, trained, monkeypatch):
         def forward(self, y):
             return y / 2
 
-    monkeypatch.setattr(Student, "load", lambda folder: Student32())
+    monkeypatch.setattr(Student, "load", lambda folder, merge: Student32())
     rows = {"full": ([], 1, 1), "w/o SGCL": (["--lambda-sgcl", "0"], 1, 1), "Stage A only": ([], 2, 0)}
     rows |= {
         f"entry: {presets.load_config('tiny')['entry']}": (["--entry", "x"], 1, 1)
@@ -582,21 +590,58 @@ def test_median_ms_and_working_memory_measure_what_is_there():
     assert used == "not known here" or 200 < int(used) < 400
 
 
-def test_report_is_one_file_that_asks_nothing_of_the_network(tmp_path, monkeypatch):
-    page = tmp_path / "report.html"
-    load = report.load_models
-
-    def with_few_steps(*args):
-        students, teacher = load(*args)
-        teacher.steps = 1
-        return students, teacher
-
-    monkeypatch.setattr(report, "load_models", with_few_steps)
-    run("report", "--data", CLEAN, "--limit", 1, "--out", page)
+def shown_in(page):
+    """The data of a report, and its pictures as uint8 arrays (H, W, 3): [face][method]."""
     text = page.read_text()
-    sources = re.findall(r'src="([^"]*)"', text)
-    assert len(sources) == 5 and all(s.startswith("data:image/png;base64,") for s in sources)
-    assert "http" not in re.sub(r'src="[^"]*"', "", text) and text.count("LPIPS") == 4 and "collins.png" in text
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S).group(1))
+    texts = dict(re.findall(r'<script type="text/plain" id="p([\d-]+)">(.*?)</script>', text))
+    pixels = {key: np.asarray(Image.open(io.BytesIO(base64.b64decode(v)))) for key, v in texts.items()}
+    return (
+        data,
+        [[pixels.pop(f"{i}-{k}") for k in range(len(data["methods"]))] for i in range(len(data["faces"]))],
+        pixels,
+    )
+
+
+def test_report_is_one_file_that_asks_nothing_of_the_network(tmp_path):
+    page = tmp_path / "report.html"
+    run("report", "--data", CLEAN, "--limit", 1, "--steps", 1, "--out", page)
+    data, ((y, *_, x),), others = shown_in(page)
+    assert data["methods"] == ["input", "posterior mean", "teacher, 1 step", "student tiny", "original"] and not others
+    assert [m["title"] for m in data["metrics"]] == ["PSNR (RGB) ↑", "SSIM (RGB) ↑", "LPIPS (Alex) ↓"]
+    assert [m["sign"] for m in data["metrics"]] == [1, 1, -1] and data["after"] == "student tiny"
+    (face,) = data["faces"]
+    assert (face["name"], face["size"]) == ("collins.png", [128, 128]) and "original" not in face["values"]
+    mse = np.mean((y.astype(float) - x) ** 2) / 255**2  # the pictures are lossless where they are few
+    assert face["values"]["input"][0] == pytest.approx(-10 * np.log10(mse), abs=0.02)
+    text = re.sub(r'id="p[\d-]+">.*?<', "", page.read_text())
+    assert "http" not in text and "src=" not in text and "import" not in text and "DATA" not in text
+
+
+def test_report_of_given_pictures_without_originals(given, monkeypatch):
+    monkeypatch.setattr(quality, "load_models", None)  # not needed
+    (given / "lq" / "y.webp").rename(given / "lq" / "<script>.webp")
+    (given / "other" / "y_restored.png").rename(given / "other" / "<script>.png")
+    run("report", "--lq", given / "lq", "--restored", given / "other", "--out", given / "out.html")
+    data, pixels, _ = shown_in(given / "out.html")
+    assert data["metrics"] == [] and data["methods"] == ["input", f"restored {given / 'other'}"]
+    assert [face["name"] for face in data["faces"]] == ["<script>.webp", "a/x.webp"]
+    assert np.array_equal(
+        pixels[1][0], pictures.to_uint8(pictures.read_image(given / "lq" / "a" / "x.webp")).permute(1, 2, 0)
+    )
+
+
+def test_a_report_of_many_faces_is_compressed_to_fit(given, monkeypatch):
+    sizes = []
+    for limit in (1e6, 20_000, 1):
+        monkeypatch.setattr(report, "MAX_BYTES", limit)
+        run("report", "--lq", given / "lq", "--hq", given / "lq", "--restored", given / "other", "--out", given / "out.html",
+            "--metrics", "psnr")  # fmt: skip
+        data, _, _ = shown_in(given / "out.html")
+        sizes.append(sum(map(len, re.findall(r'id="p[\d-]+">(.*?)<', (given / "out.html").read_text()))))
+        assert ("compressed" in data["caption"]) == (limit < 1e6)
+    assert sizes[0] > 20_000 > sizes[1] > sizes[2] and "quality 30" in data["caption"]
+    assert data["faces"][0]["values"]["input"] == [None]  # a picture with itself: JSON knows no infinity
 
 
 # --- cost (Tab. 4)

@@ -162,7 +162,7 @@ def test_a_step_that_does_not_log_never_waits_for_the_gpu(small_cache, tmp_path,
     batch = next(iter(torch.utils.data.DataLoader(run.data, batch_size=4)))
     try:
         for step in (1, 2, 3, 4):  # SGCL in the even ones
-            on_gpu = train.to_device(batch, run.device)
+            on_gpu = {k: v if k == "index" else v.to(run.device) for k, v in batch.items()}
             torch.cuda.set_sync_debug_mode("default" if step < 3 else "error")  # what is made once may wait
             with run.autocast():
                 terms = train.objective(run.one_step, run.student, run.teacher, run.lpips_fn, on_gpu, step, run.args)

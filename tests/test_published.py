@@ -29,6 +29,29 @@ REPOSITORIES = {  # what the preset names -> where its files are on the hub
 }
 
 
+def test_the_paper_preset_value_by_value():
+    """Each value, from the section or the public code that gives it."""
+    assert PAPER == {
+        "preset": "paper",
+        "image_size": 512,  # Sec. 4, Datasets
+        "teacher": "ohayonguy/PMRF_blind_face_image_restoration",  # Sec. 4: "the pre-trained PMRF"
+        "base": "stable-diffusion-v1-5/stable-diffusion-v1-5",  # Sec. 4: SD v1.5
+        "lcm_lora": "latent-consistency/lcm-lora-sdv1-5",  # Sec. 3: a latent consistency student; cites LCM-LoRA
+        "clip": {
+            "name": "vit_base_patch16_clip_quickgelu_224.openai"
+        },  # InterLCM: OpenAI's ViT-B/16, trained with QuickGELU
+        "dino": {"name": "vit_base_patch14_dinov2.lvd142m", "img_size": PAPER["dino"]["img_size"]},  # Sec. 4: ViT-B/14
+        "visual_encoder": {"nf": 64, "emb_dim": 197, "ch_mult": [2, 4, 8], "res_blocks": 2},  # InterLCM
+        "condition_channels": [16, 32, 96, 256],  # diffusers' ControlNetModel
+        "adapter": "zero-linear",  # Sec. 3.3.1
+        "timestep": 499,  # InterLCM, one step
+        "entry": PAPER["entry"],
+        "lora_rank": 32,  # Sec. 4
+        "lr": 2e-5,  # Sec. 4
+    }
+    assert PAPER["dino"]["img_size"] == 224 and PAPER["entry"] == "mean"  # measured: docs/choices.md
+
+
 def put(hub, repository, source):
     """The files of a folder as the hub's cache holds a repository: blobs by hash, links in a snapshot, a ref to it."""
     root, commit = hub / ("models--" + repository.replace("/", "--")), "0123456789abcdef0123456789abcdef01234567"

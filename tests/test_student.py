@@ -8,8 +8,10 @@ import peft
 import pytest
 import timm
 import torch
+import torchvision.transforms.functional as transforms
 from diffusers import AutoencoderKL, ControlNetModel, LCMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from torchvision.transforms import InterpolationMode
 
 import student
 from adapter import SemanticAdapter
@@ -135,9 +137,16 @@ def test_sec331_context_is_clip_plus_the_broadcast_degradation_token(small, y):
         small.adapter = kept
         assert got.shape == (2, 77, 96)
         assert torch.allclose(got, expected, atol=1e-5)
-        normalised = 2 * y - 1  # mean and std of these backbones are 0.5, their size is 64
-        assert torch.allclose(tokens, small.clip.forward_features(normalised), atol=1e-5)
-        assert torch.allclose(e_dino, small.dino.forward_features(normalised)[:, 0], atol=1e-5)
+        assert torch.allclose(tokens, small.clip.forward_features(as_timm_does(small.clip, y)), atol=1e-5)
+        assert torch.allclose(e_dino, small.dino.forward_features(as_timm_does(small.dino, y))[:, 0], atol=1e-5)
+
+
+def as_timm_does(vit, y):
+    """A backbone's own input, by torchvision: antialiased bicubic to its size, then its mean and standard deviation."""
+    size, cfg = list(vit.patch_embed.img_size), vit.pretrained_cfg
+    assert size != list(y.shape[-2:]) and cfg["mean"] != cfg["std"]
+    y = transforms.resize(y, size, InterpolationMode.BICUBIC, antialias=True)
+    return transforms.normalize(y, cfg["mean"], cfg["std"])
 
 
 def test_sec332_lora_sits_on_cross_attention_and_feed_forward_alone():
@@ -187,20 +196,15 @@ def test_sec4_what_each_stage_trains(small_config):
 
 
 def test_published_sizes():
-    """The README's table of parameters; the visual encoder's keys are checked in test_visual_encoder.py."""
+    """The table of parameters in docs/choices.md; the visual encoder's keys are checked in test_visual_encoder.py."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**SD_UNET)
         spatial = ControlNetModel.from_unet(unet, load_weights_from_unet=False)
         visual = student.VisualEncoder(**PRESETS["paper"]["visual_encoder"])
         adapter = SemanticAdapter()
         vae = AutoencoderKL(**SD_VAE)
-        clip, dino = (
-            timm.create_model(name, num_classes=0, **size)
-            for name, size in (
-                ("vit_base_patch16_clip_quickgelu_224", {}),
-                ("vit_base_patch14_dinov2", {"img_size": 224}),
-            )
-        )
+        vits = [dict(PRESETS["paper"][part]) for part in ("clip", "dino")]
+        clip, dino = (timm.create_model(entry.pop("name"), num_classes=0, **entry) for entry in vits)
     assert count(unet.parameters()) == 859_520_964
     assert count(spatial.parameters()) == 361_279_120
     assert count(visual.parameters()) == 12_960_845
@@ -209,7 +213,8 @@ def test_published_sizes():
     assert count(clip.parameters()) == 85_799_424
     assert count(dino.parameters()) == 85_724_928
     with torch.device("meta"):
-        lora = peft.get_peft_model(unet, peft.LoraConfig(r=32, lora_alpha=32, target_modules=LORA_TARGETS))
+        r = PRESETS["paper"]["lora_rank"]
+        lora = peft.get_peft_model(unet, peft.LoraConfig(r=r, lora_alpha=r, target_modules=LORA_TARGETS))
     assert count(p for n, p in lora.named_parameters() if "lora_" in n) == 8_773_632
 
 
