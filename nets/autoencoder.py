@@ -1,8 +1,8 @@
-"""The tiny preset's autoencoder: 3 x 128 x 128 -> 48 x 16 x 16, with the encode / decode interface of diffusers' VAE.
+"""The tiny preset's autoencoder: 3 x H x W -> C x H/8 x W/8, with the encode / decode interface of diffusers' VAE.
 
-SD v1.5's VAE keeps 4 channels at a factor of 8, which at 128 px loses too much of a face. This one starts as a linear
-projection of 8 x 8 patches on their principal components (a "learnt JPEG"), and convolutions whose last layers start at zero
-learn what the projection misses. Images: (B, 3, H, W) in [-1, 1], H and W multiples of 8. Latents: (B, C, H/8, W/8).
+SD v1.5's VAE keeps 4 channels at a factor of 8, which in a small picture loses too much of a face. This one starts as a
+linear projection of 8 x 8 patches on their principal components (a "learnt JPEG"), and convolutions whose last layers start
+at zero learn what the projection misses. Images: (B, 3, H, W) in [-1, 1], H and W multiples of 8. Latents: (B, C, H/8, W/8).
 """
 
 import torch
@@ -12,8 +12,6 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
-
-from tiny.axes import half_whitened
 
 
 class ResBlock(nn.Module):
@@ -42,11 +40,11 @@ class PCAAutoencoder(ModelMixin, ConfigMixin):
     config_name = "config.json"
 
     @register_to_config
-    def __init__(self, latent_channels=48, widths=(64, 48, 32), depths=(2, 2, 2), scaling_factor=1.0):
+    def __init__(self, latent_channels=24, widths=(96, 64, 32), depths=(2, 2, 2), scaling_factor=1.0):
         super().__init__()
         w16, w32, w64 = widths  # channels at 1/8, 1/4 and 1/2 of the resolution
         d16, d32, d64 = depths
-        self.project = nn.Conv2d(192, latent_channels, 1)  # PCA, set by fit_pca
+        self.project = nn.Conv2d(192, latent_channels, 1)  # the principal components, see set_components
         self.unproject = nn.Conv2d(latent_channels, 192, 1)
         self.encoder = nn.Sequential(
             nn.PixelUnshuffle(4), nn.Conv2d(48, w32, 3, padding=1), *[ResBlock(w32) for _ in range(d32)],
@@ -78,13 +76,8 @@ class PCAAutoencoder(ModelMixin, ConfigMixin):
         return DecoderOutput(sample=linear + self.to_rgb(F.silu(detail)))
 
     @torch.no_grad()
-    def fit_pca(self, x):
-        """Sets the linear pair from pictures x (N, 3, H, W) in [-1, 1]: the leading components of all 8 x 8 patches.
-
-        Half-way to whitening (axes.py), so that the latents' channels weigh more alike in every latent loss.
-        """
-        patches = F.pixel_unshuffle(x, 8).permute(0, 2, 3, 1).reshape(-1, 192)
-        mean, down, up = half_whitened(patches, self.config.latent_channels)
+    def set_components(self, mean, down, up):
+        """The linear pair from a mean (192,), rows into the latent coordinates (C, 192) and columns back (192, C)."""
         self.project.weight.copy_(down[:, :, None, None])
         self.project.bias.copy_(-down @ mean)
         self.unproject.weight.copy_(up[:, :, None, None])

@@ -28,7 +28,7 @@ PRESETS = {
     },
     "tiny": {
         "preset": "tiny",
-        "image_size": 128,
+        "image_size": 256,
         "teacher": "tiny/teacher",
         "base": "tiny/base",
         "lcm_lora": None,
@@ -38,7 +38,7 @@ PRESETS = {
         "condition_channels": [16, 32, 48, 64],
         "adapter": "zero-linear",
         "timestep": 499,
-        "entry": "clean",
+        "entry": "mean",
         "lora_rank": 32,
         "lr": 5e-4,
     },

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,9 @@ from nets.autoencoder import PCAAutoencoder
 from plumbing.pictures import read_image, square, to_uint8
 from plumbing.presets import load_config
 from plumbing.runs import steps_in
-from tiny import pretrain
+from tiny import fit, pool, pretrain
 from tiny.axes import half_whitened, in_pixels, learn_in_axes
-from tiny.pool import VIEWS, Pool, make_pair
+from tiny.pool import SIZE, VIEWS, Pool, make_pair
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,7 +30,7 @@ def test_autoencoder_starts_as_the_principal_components_of_patches():
     """Before any training decode(encode(x)) is the rank-C reconstruction that numpy's SVD gives."""
     x = 2 * torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 1
     vae = PCAAutoencoder(latent_channels=5)
-    vae.fit_pca(x)
+    vae.set_components(*half_whitened(pretrain.patches(x), 5))
     with torch.no_grad():
         z = vae.encode(x).latent_dist.mode()
         x_hat = vae.decode(z).sample
@@ -84,7 +85,7 @@ def test_layers_learn_in_axes_and_are_saved_in_pixels():
 
 def test_a_clone_stays_quick():
     weights = sum(p.stat().st_size for p in (ROOT / "tiny").rglob("*.safetensors"))
-    assert weights <= 40e6
+    assert weights <= 60e6
     assert not [p for p in (ROOT / "tiny").rglob("*") if p.suffix in {".pt", ".pth", ".ckpt", ".pkl", ".bin"}]
 
 
@@ -95,51 +96,117 @@ def test_shipped_settings_name_no_machine():
         assert not [v for v in path.read_text().split('"') if v.startswith(("/", "~", "C:"))], path
 
 
+def test_one_number_says_how_large_pictures_are():
+    """No file but the presets names the embedded model's size."""
+    size = str(load_config("tiny")["image_size"])
+    for path in [*(ROOT / "tiny").glob("*.py"), *(ROOT / "nets").glob("*.py")]:
+        pixels = re.findall(rf"\b{size} ?(?:px|x {size})|(?:SIZE|size) ?= ?{size}\b", path.read_text())
+        assert not pixels, (path, pixels)
+
+
 def test_every_part_can_be_rebuilt(tmp_path, monkeypatch):
     """Two steps of each part, in the order of tiny/README.md, from the sample portraits alone; then the chain opens them."""
-    monkeypatch.chdir(tmp_path)  # logs go to runs/
-    command = ["--data", str(ROOT / "samples" / "clean"), "--out", "made", "--steps", "2", "--batch", "2"]
+    monkeypatch.chdir(tmp_path)  # pool, states and logs go to runs/
+    monkeypatch.setattr(pool, "VIEWS", 2)
     parts = ["vae", "clip", "dino", "posterior-mean", "flow", "unet"]
-    assert pretrain.main(pretrain.parse_args(command + ["--sigma-s", "0.05", "--bf16", *parts])) == 0
+    command = [*parts, "--data", str(ROOT / "samples" / "clean"), "--out", "made", "--steps", "2", "--batch", "2"]
+    assert pretrain.main(pretrain.parse_args([*command, "--sigma-s", "0.05", "--precision", "bf16"])) == 0
     assert {p.name for p in (tmp_path / "runs").glob("*.jsonl")} == {f"tiny_{part}.jsonl" for part in parts}
-    assert pretrain.main(pretrain.parse_args([*command, "--go-on", "unet"])) == 0
     assert "made" not in (tmp_path / "made" / "base" / "unet" / "config.json").read_text()
+    y = torch.rand(1, 3, SIZE, SIZE)
     pmrf = teacher.PMRF.from_pretrained(tmp_path / "made" / "teacher")
-    assert pmrf.sigma_s == 0.05 and pmrf.restore(torch.rand(1, 3, 128, 128), steps=1).shape == (1, 3, 128, 128)
+    assert pmrf.sigma_s == 0.05 and pmrf.restore(y, steps=1).shape == y.shape
     config = {**load_config("tiny"), "base": "made/base", "clip": {"name": "made/clip"}, "dino": {"name": "made/dino"}}
-    monkeypatch.setattr(student, "ROOT", tmp_path)
-    assert student.Student.from_published(config)(torch.rand(1, 3, 128, 128)).shape == (1, 3, 128, 128)
+    assert student.Student.from_published(config)(y).shape == y.shape
 
 
-def test_the_pool_gives_pictures_in_the_order_asked_for(tmp_path):
+class Killed(Exception):
+    pass
+
+
+def fit_line(folder, monkeypatch, killed_at=None):
+    """Eight steps of a small network on random lines, with the process's end before step killed_at; its kept average."""
+    monkeypatch.chdir(folder)
+    torch.manual_seed(0)
+    net, kept = torch.nn.Linear(3, 2), {}
+
+    def loss_fn(step):
+        if step == killed_at:
+            raise Killed
+        loss = (net(torch.randn(4, 3)) - 1).square().mean()
+        return loss, {"half": loss / 2}
+
+    recipe = fit.Recipe(steps=8, batch=4, lr=0.1)
+    fit.fit("line", net, loss_fn, lambda average: kept.update(average.state_dict()), recipe, seed=3, bf16=False)
+    return kept
+
+
+def test_a_part_that_was_killed_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    """Weights, average, moments, step and random numbers: were one of them lost, the end would differ."""
+    monkeypatch.setattr(fit, "LOG_EVERY", 2)
+    monkeypatch.setattr(fit, "SAVE_EVERY", 0)
+    for name in ("unbroken", "killed"):
+        (tmp_path / name).mkdir()
+    expected = fit_line(tmp_path / "unbroken", monkeypatch)
+    with pytest.raises(Killed):
+        fit_line(tmp_path / "killed", monkeypatch, killed_at=6)
+    found = fit_line(tmp_path / "killed", monkeypatch)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    logs = [(tmp_path / name / "runs" / "tiny_line.jsonl").read_text() for name in ("unbroken", "killed")]
+    assert logs[0] == logs[1] and len(logs[0].splitlines()) == 4
+    monkeypatch.setattr(fit.Recipe, "_asdict", lambda recipe: {"steps": 9})
+    with pytest.raises(ValueError, match="give the same, or delete"):
+        fit_line(tmp_path / "killed", monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def two_faces(tmp_path_factory):
+    return Pool([ROOT / "samples" / "clean"], tmp_path_factory.mktemp("pool"), 0, torch.device("cpu"))
+
+
+def test_the_pool_gives_pictures_in_the_order_asked_for(two_faces):
     """A batch is random in every part of it: were it sorted, the first half would always be the first faces."""
-    pool = Pool(ROOT / "samples" / "clean", tmp_path, 0, "cpu")
-    pool.restart(0)
-    index = np.array([VIEWS + 3, 2])
-    assert torch.equal(pool.get("lq", index), pool.get("lq", index[::-1].copy()).flip(0))
-    firsts = {int(pool.batch(2)[0]) // VIEWS for _ in range(20)}
+    index = torch.tensor([VIEWS + 3, 2])
+    assert torch.equal(two_faces.get("lq", index), two_faces.get("lq", index.flip(0)).flip(0))
+    firsts = {int(two_faces.batch(2, step)[0]) // VIEWS for step in range(20)}
     assert firsts == {0, 1}  # either face may come first
-    assert sorted(pool.batch(9) // VIEWS) == [0, 1]  # no face twice in a batch
+    assert torch.equal(two_faces.batch(2, 7), two_faces.batch(2, 7))
+    assert sorted(two_faces.batch(9, 0) // VIEWS) == [0, 1]  # no face twice in a batch
 
 
-def test_the_pools_pairs_are_one_face_clean_and_degraded(tmp_path):
+def test_the_pools_pairs_are_one_face_clean_and_degraded(two_faces, tmp_path):
     """Even views from the wide ranges, odd ones from the milder; the same seed gives the same bytes, another is refused."""
-    pool = Pool(ROOT / "samples" / "clean", tmp_path, 0, "cpu")
-    hq, lq = (pool.get(name, np.arange(2 * VIEWS)) for name in ("hq", "lq"))
+    hq, lq = (two_faces.get(name, torch.arange(2 * VIEWS)) for name in ("hq", "lq"))
     psnr = -10 * ((hq - lq) ** 2).mean((1, 2, 3)).log10()
     assert psnr[1::2].mean() > psnr[::2].mean() + 1 and psnr.min() > 8
-    collins = square(read_image(ROOT / "samples" / "clean" / "collins.png"), 512)
+    collins = square(read_image(ROOT / "samples" / "clean" / "collins.png"), 2 * SIZE)
     picture = Image.fromarray(to_uint8(collins).permute(1, 2, 0).numpy())
-    again = [make_pair(picture, 0, 0, view) for view in range(VIEWS)]
-    assert all(np.array_equal(x, pool.array("hq")[v]) and np.array_equal(y, pool.array("lq")[v])
-               for v, (x, y, _) in enumerate(again))  # fmt: skip
-    plain = to_uint8(torch.from_numpy(np.asarray(picture.resize((128, 128), Image.Resampling.LANCZOS)) / 255.0))
-    assert torch.equal(plain.permute(2, 0, 1), torch.from_numpy(pool.array("hq")[0].copy()))
-    with pytest.raises(ValueError, match="another one"):
-        Pool(ROOT / "samples" / "clean", tmp_path, 1, "cpu")
-    (tmp_path / "empty").mkdir()
+    x, y, _ = make_pair(picture, 0, 0, 5)
+    assert np.array_equal(x, two_faces.array("hq")[5]) and np.array_equal(y, two_faces.array("lq")[5])
+    plain = torch.from_numpy(np.array(picture.resize((SIZE, SIZE), Image.Resampling.LANCZOS))).permute(2, 0, 1)
+    assert torch.equal(plain, two_faces.array("hq")[0])
+    with pytest.raises(ValueError, match="delete that folder"):
+        Pool([ROOT / "samples" / "clean"], two_faces.folder, 1, torch.device("cpu"))
     with pytest.raises(ValueError, match="found none"):
-        Pool(tmp_path / "empty", tmp_path, 0, "cpu")
+        Pool([tmp_path], tmp_path, 0, torch.device("cpu"))
+
+
+def test_arrays_that_were_being_written_are_finished(tmp_path):
+    """What is derived from the pictures goes on from the last rows that were written, and names the weights it is from."""
+
+    def rows_from(done, stop=10):
+        for i in range(done, 10, 2):
+            if i == stop:
+                raise Killed
+            asked.append(i)
+            yield {"squares": np.arange(i, i + 2)[:, None] ** 2}
+
+    asked, record = [], tmp_path / "squares.json"
+    with pytest.raises(Killed):
+        pool.fill(tmp_path, record, {"of": "a"}, 10, lambda done: rows_from(done, stop=6))
+    pool.fill(tmp_path, record, {"of": "a"}, 10, rows_from)
+    pool.fill(tmp_path, record, {"of": "a"}, 10, rows_from)  # finished: nothing is asked for
+    assert asked == [0, 2, 4, 6, 8] and np.load(tmp_path / "squares.npy")[:, 0].tolist() == [i * i for i in range(10)]
 
 
 def test_the_readmes_chain_on_the_sample_portraits(tmp_path):
@@ -150,7 +217,11 @@ def test_the_readmes_chain_on_the_sample_portraits(tmp_path):
         )
         == 0
     )
-    a, b, more = tmp_path / "a", tmp_path / "b", ["--cache", str(tmp_path / "c"), "--batch", "2", "--sgcl-every", "2"]
+    a, b, more = (
+        tmp_path / "a",
+        tmp_path / "b",
+        ["--cache", str(tmp_path / "c"), "--batch", "2", "--sgcl-every", "2", "--log-every", "1"],
+    )
     assert train.main(train.parse_args(["--stage", "A", "--out", str(a), "--steps", "6", "--lr", "5e-5", *more])) == 0
     assert train.main(train.parse_args(["--stage", "B", "--init", str(a), "--out", str(b), "--steps", "2", *more])) == 0
     log = [json.loads(line) for line in (a / "log.jsonl").read_text().splitlines()]

@@ -477,7 +477,7 @@ def test_two_processes_make_the_steps_of_one(small_cache, tmp_path):
     more = ("--steps", "4", "--sgcl-every", "1", "--lr", "2e-5", "--seed", "1")
     run_here(*arguments(small_cache, tmp_path / "one", *more))
     process = command(
-        "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29533", "train.py",
+        "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "train.py",
         *arguments(small_cache, tmp_path / "two", *more),
     )  # fmt: skip
     _, err = process.communicate(timeout=240)

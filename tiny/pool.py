@@ -1,36 +1,45 @@
-"""The training pairs of the tiny model's parts: faces at 128 px, augmented and degraded once, kept on disk (runs/pool).
+"""The training pairs of the tiny model's parts: faces, augmented and degraded once, kept on disk (runs/pool).
 
-hq.npy, lq.npy    (N, 3, 128, 128) uint8, N = VIEWS a face; view 0 of each face is the plain picture
+hq.npy, lq.npy    (N, 3, S, S) uint8, S the preset's picture size, N = VIEWS a face; view 0 of each face is the plain picture
 numbers.npy       (N, 4) float32, what the degradation token shall tell
-pool.json         what the pool was made of; the last file written
-mmse.npy ...      what trained parts make of the pictures (`derive`), float16
+NAME-sha.npy      what a trained network makes of the pictures (`derive`); sha names its weights
+*.json            what each was made of, and how many rows are done: making them goes on after a kill
 """
 
 import hashlib
 import json
 import math
+import multiprocessing
+import os
+from functools import partial
 
 import numpy as np
 import torch
+from numpy.lib.format import open_memmap
 from PIL import Image
 from tqdm import tqdm
 
 import degrade
 from plumbing import pictures
+from plumbing.presets import load_config
+from plumbing.shards import weights_sha256
 
-SIZE, VIEWS = 128, 16
+SIZE, VIEWS = load_config("tiny")["image_size"], 16
 RANGES = ("difface", "gfpgan")  # of even and odd views: difface alone holds hardly any lightly degraded picture
 
 
+# --- a pair -------------------------------------------------------------------------------------------------------------
+
+
 def augment(picture, rng):
-    """A PIL face -> uint8 (3, 128, 128): mirrored or not, turned by up to 6 degrees, scaled, shifted, colours varied."""
+    """A PIL face -> uint8 (3, SIZE, SIZE): mirrored or not, turned by up to 6 degrees, scaled, shifted, colours varied."""
     side = picture.size[0]
     padded = Image.fromarray(np.pad(np.asarray(picture), ((side // 8,) * 2, (side // 8,) * 2, (0, 0)), mode="reflect"))
     centre = padded.size[0] / 2 + side * rng.uniform(-0.04, 0.04, 2)
     half = side / 2 * rng.uniform(0.9, 1.06)
     turned = padded.rotate(rng.uniform(-6, 6), Image.Resampling.BICUBIC, center=tuple(centre))
     box = (centre[0] - half, centre[1] - half, centre[0] + half, centre[1] + half)
-    x = np.asarray(turned.resize((SIZE, SIZE), Image.Resampling.LANCZOS, box=box), dtype=np.float64)
+    x = np.asarray(turned.resize((SIZE, SIZE), Image.Resampling.LANCZOS, box=box), dtype=np.float32)
     if rng.random() < 0.5:
         x = x[:, ::-1]
     gray, gain, contrast, colour = x.mean(2, keepdims=True), *rng.uniform(0.9, 1.1, 3)
@@ -46,7 +55,7 @@ def degradation_numbers(params):
 
 
 def make_pair(picture, seed, face, view):
-    """One view of a square PIL picture: (clean, degraded) uint8 (3, 128, 128) and the degradation's numbers.
+    """One view of a square PIL picture: (clean, degraded) uint8 (3, SIZE, SIZE) and the degradation's numbers.
 
     A function of (seed, face, view) and the picture alone. A gray sample has a gray target, as in the cache.
     """
@@ -59,62 +68,107 @@ def make_pair(picture, seed, face, view):
     return pictures.to_uint8(x).numpy(), pictures.to_uint8(y).numpy(), degradation_numbers(params)
 
 
-def make_pool(faces, folder, seed):
-    """Writes hq.npy, lq.npy and numbers.npy from the pictures `faces`, VIEWS pairs of each."""
-    pairs = []
-    for face, path in enumerate(tqdm(faces, desc="pool")):
-        square = pictures.square(pictures.read_image(path), 512)
-        picture = Image.fromarray(pictures.to_uint8(square).permute(1, 2, 0).numpy())
-        pairs += [make_pair(picture, seed, face, view) for view in range(VIEWS)]
+def make_views(seed, numbered_path):
+    """All pairs of one face: hq, lq (VIEWS, 3, SIZE, SIZE) uint8 and numbers (VIEWS, 4). (face, path): numbered_path."""
+    face, path = numbered_path
+    square = pictures.square(pictures.read_image(path), 2 * SIZE)  # turned at twice the size, where it blurs little
+    picture = Image.fromarray(pictures.to_uint8(square).permute(1, 2, 0).numpy())
+    hq, lq, numbers = zip(*(make_pair(picture, seed, face, view) for view in range(VIEWS)), strict=True)
+    return {"hq": np.stack(hq), "lq": np.stack(lq), "numbers": np.float32(numbers)}
+
+
+# --- arrays on disk -----------------------------------------------------------------------------------------------------
+
+
+def in_groups(rows, n):
+    """Joins every n dicts of arrays to one."""
+    group = []
+    for row in rows:
+        group.append(row)
+        if len(group) == n:
+            yield {name: np.concatenate([r[name] for r in group]) for name in row}
+            group = []
+    if group:
+        yield {name: np.concatenate([r[name] for r in group]) for name in group[0]}
+
+
+def fill(folder, record, made_of, n, rows_from):
+    """Writes arrays of n rows, from the row on where an earlier call was stopped.
+
+    rows_from(done): yields {name: rows}, those that follow the first `done`. record: the .json with made_of and the rows done.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in zip(("hq", "lq", "numbers"), zip(*pairs, strict=True), strict=True):
-        np.save(folder / f"{name}.npy", np.stack(rows) if name != "numbers" else np.float32(rows))
+    before = json.loads(record.read_text()) if record.is_file() else {**made_of, "rows": 0}
+    done = before.pop("rows")
+    if before != made_of:
+        raise ValueError(f"expected a pool of {made_of} in {folder}, got one of {before}: delete that folder")
+    for rows in rows_from(done) if done < n else ():
+        for name, values in rows.items():
+            shape, mode = (n, *values.shape[1:]), "r+" if done else "w+"
+            array = open_memmap(folder / f"{name}.npy", mode, None if done else values.dtype, None if done else shape)
+            array[done : done + len(values)] = values
+        done += len(values)
+        pictures.write_bytes(record, json.dumps({**made_of, "rows": done}).encode())
 
 
 class Pool:
-    """The pairs of a folder of faces, read by index; pictures as float32 in [0, 1]. Makes them if they are not there."""
+    """The pairs of the faces in some folders, read by row; pictures as float32 in [0, 1]. Makes them if they are not there.
+
+    A GPU with room for them holds the arrays, so that a training step waits for nothing.
+    """
 
     def __init__(self, data, folder, seed, device):
-        self.folder, self.device = folder, device
-        faces = pictures.find_images([data])
+        self.folder, self.device, self.seed, self.arrays = folder, device, seed, {}
+        faces = [path for each in data for path in pictures.find_images([each])]
         if not faces:
-            raise ValueError(f"expected face pictures in {data}, found none: give a folder with png, jpg or webp files")
-        listing = json.dumps([(p.relative_to(data).as_posix(), p.stat().st_size) for p in faces])
-        made_of = dict(seed=seed, views=VIEWS, faces=len(faces), sha256=hashlib.sha256(listing.encode()).hexdigest())
-        record = folder / "pool.json"
-        if not record.is_file():
-            make_pool(faces, folder, seed)
-            pictures.write_bytes(record, json.dumps(made_of).encode())
-        if json.loads(record.read_text()) != made_of:
-            raise ValueError(f"expected a pool of {data} and seed {seed} in {folder}, got another one: delete it")
-        self.faces = len(faces)
+            where = ", ".join(map(str, data))
+            raise ValueError(
+                f"expected face pictures in {where}, found none: give a folder with png, jpg or webp files"
+            )
+        listing = json.dumps([(path.name, path.stat().st_size) for path in faces])
+        made_of = dict(seed=seed, size=SIZE, views=VIEWS, sha256=hashlib.sha256(listing.encode()).hexdigest())
+        self.faces, self.rows = len(faces), len(faces) * VIEWS
+        fill(folder, folder / "pool.json", made_of, self.rows, partial(self.make, faces))
 
-    def restart(self, seed):
-        """The order of the pictures begins anew, so that a part is the same whatever was trained before it."""
-        self.rng = np.random.default_rng(seed)
+    def make(self, faces, done):
+        todo = list(enumerate(faces))[done // VIEWS :]
+        workers = min(len(os.sched_getaffinity(0)), len(todo) // 16)
+        bar = partial(tqdm, total=len(todo), desc="pool", unit=" faces")
+        if workers < 2:
+            yield from in_groups(bar(map(partial(make_views, self.seed), todo)), 32)
+            return
+        with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as processes:
+            yield from in_groups(bar(processes.imap(partial(make_views, self.seed), todo)), 32)
 
     def array(self, name):
-        return np.load(self.folder / f"{name}.npy", mmap_mode="r")
+        if name not in self.arrays:
+            array = torch.from_numpy(np.load(self.folder / f"{name}.npy", mmap_mode="c"))
+            on_gpu = self.device.type == "cuda" and array.nbytes < torch.cuda.mem_get_info()[0] / 2
+            self.arrays[name] = array.to(self.device) if on_gpu else array
+        return self.arrays[name]
 
     def get(self, name, index):
         """Rows of an array, in the order of index (which is random: parts of a batch are random too)."""
-        a = torch.from_numpy(self.array(name)[index].copy()).to(self.device)
-        return a.float() / 255 if a.dtype == torch.uint8 else a.float()
+        array = self.array(name)
+        rows = array[index.to(array.device, non_blocking=True)].to(self.device, non_blocking=True)
+        return rows.float() / 255 if rows.dtype == torch.uint8 else rows.float()
 
-    def batch(self, n):
-        """n indices, of n different faces (all of them, if there are fewer)."""
-        faces = self.rng.permutation(self.faces)[:n]
-        return faces * VIEWS + self.rng.integers(VIEWS, size=len(faces))
-
-    def forget(self, name):
-        (self.folder / f"{name}.npy").unlink(missing_ok=True)
+    def batch(self, n, step):
+        """n rows of n different faces (all of them, if there are fewer): a function of (seed, step)."""
+        rng = np.random.default_rng([self.seed, step])
+        faces = rng.permutation(self.faces)[:n]
+        return torch.from_numpy(faces * VIEWS + rng.integers(VIEWS, size=len(faces)))
 
     @torch.no_grad()
-    def derive(self, name, source, function):
-        """Writes function(source pictures) as float16 under the name, over the whole pool; `forget` makes it new."""
-        path, n = self.folder / f"{name}.npy", self.faces * VIEWS
-        if path.is_file():
-            return
-        parts = [function(self.get(source, np.arange(i, min(i + 64, n)))).half().cpu().numpy()
-                 for i in tqdm(range(0, n, 64), desc=f"pool: {name}")]  # fmt: skip
-        np.save(path, np.concatenate(parts))
+    def derive(self, name, source, network, function, n=128):
+        """The name of the array of function(pictures), which depends on the network's weights; made if it is not there."""
+        sha256 = weights_sha256(network)
+        name = f"{name}-{sha256[:12]}"
+
+        def rows_from(done):
+            for i in tqdm(range(done, self.rows, n), f"pool: {name}"):
+                x = self.get(source, torch.arange(i, min(i + n, self.rows)))
+                yield {name: function(x).cpu().numpy()}
+
+        fill(self.folder, self.folder / f"{name}.json", {"sha256": sha256}, self.rows, rows_from)
+        return name
