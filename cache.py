@@ -43,6 +43,8 @@ def parse_args(argv=None):
     ranges = ("difface", "gfpgan", "codeformer", "codeformer-large", "realesrgan")
     add("--ranges", nargs="+", choices=ranges, default=["difface"],
         help="degradation (default difface, the teacher's); several take turns over the repeats")  # fmt: skip
+    add("--min-side", type=whole(), metavar="PX",
+        help="leave out pictures with a shorter side (default: half of the preset's size; 1 takes all)")  # fmt: skip
     add("--batch", type=whole(), default=8, metavar="N", help="samples the teacher restores at once (default 8)")
     add("--precision", choices=("fp32", "bf16"), default="fp32",
         help="of the teacher (default fp32, on a GPU with TF32 products, as in PMRF's code)")  # fmt: skip
@@ -81,10 +83,14 @@ from teacher import PMRF
 def degrade_picture(data, name, index, repeat, settings):
     """(y (3, S, S) float32, its record) of the picture data / name; random by (seed, index, repeat) only.
 
-    Raises ValueError or OSError if the picture cannot be read.
+    Raises ValueError or OSError if the picture cannot be read, or is too small to be a training face.
     """
     blob, size = read_file(data / name), settings["image_size"]
-    x = to_uint8(square(decode_image(blob, name), size)) / 255
+    x = decode_image(blob, name)
+    if min(x.shape[1:]) < settings["min_side"]:
+        need = f"a short side of {settings['min_side']} px or more"
+        raise ValueError(f"expected {need}, got {x.shape[2]}x{x.shape[1]} in {name}: --min-side 1 takes it")
+    x = to_uint8(square(x, size)) / 255
     rng = np.random.Generator(np.random.PCG64((settings["seed"], index, repeat)))
     ranges = settings["ranges"][repeat % len(settings["ranges"])]["name"]
     params = degrade.sample(rng, ranges, size)
@@ -128,11 +134,24 @@ def finite(x, what):
 
 
 def settings_for(
-    teacher, vae, data, sources, preset, image_size, seed, steps, ranges, repeats, batch, precision="fp32"
+    teacher,
+    vae,
+    data,
+    sources,
+    preset,
+    image_size,
+    seed,
+    steps,
+    ranges,
+    repeats,
+    batch,
+    precision="fp32",
+    min_side=None,
 ):
     """All that decides what is in the cache, as a JSON dict. sources: names in data; ranges: names in degrade.RANGES."""
     settings = dict(preset=preset, image_size=image_size, seed=seed, steps=steps, sigma_s=teacher.sigma_s)
     settings |= dict(ranges=[{"name": name} | dataclasses.asdict(degrade.RANGES[name]) for name in ranges])
+    settings |= dict(min_side=image_size // 2 if min_side is None else min_side)
     settings |= dict(repeats=repeats, batch=batch, shard_size=offline.shard_size(len(sources) * repeats, batch))
     settings |= offline.listing(data, sources)
     settings |= dict(teacher_sha256=weights_sha256(teacher), vae_sha256=weights_sha256(vae))
@@ -203,7 +222,17 @@ def work(args):
     (rank, world), workers = devices.processes(), offline.cores_a_process()
     sources = offline.sources_in(args.data, args.out, args.limit)
     teacher, vae, image_size = load_networks(args.preset, device)
-    options = (args.preset, image_size, args.seed, args.steps, args.ranges, args.repeats, args.batch, args.precision)
+    options = (
+        args.preset,
+        image_size,
+        args.seed,
+        args.steps,
+        args.ranges,
+        args.repeats,
+        args.batch,
+        args.precision,
+        args.min_side,
+    )
     settings = settings_for(teacher, vae, args.data, sources, *options)
     meta, made, seconds = build(teacher, vae, args.data, sources, args.out, settings, workers, rank, world)
     return 0 if rank else report(args.out, meta, made, seconds, workers)

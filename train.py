@@ -294,17 +294,18 @@ def train(args):
     """The whole of a run on one process."""
     run = Run(args)
     devices.join(run.device)
-    first = resume(run)
-    if args.checkpointing:
-        recompute(run.student)
-    if run.world > 1:
-        ids = [run.device.index] if run.device.type == "cuda" else None
-        run.one_step = DistributedDataParallel(run.one_step, device_ids=ids, broadcast_buffers=False)
-    if first and first >= args.steps and not run.rank:
-        commands.say(f"{args.out} is finished at step {first}: nothing to do")
-    if not args.steps:
-        save(run, 0)
-    optimize(run, first)
+    with runs.alone(args.out, run.rank):
+        first = resume(run)
+        if args.checkpointing:
+            recompute(run.student)
+        if run.world > 1:
+            ids = [run.device.index] if run.device.type == "cuda" else None
+            run.one_step = DistributedDataParallel(run.one_step, device_ids=ids)
+        if first and first >= args.steps and not run.rank:
+            commands.say(f"{args.out} is finished at step {first}: nothing to do")
+        if not args.steps:
+            save(run, 0)
+        optimize(run, first)
 
 
 def main(args):

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import PIL
@@ -18,7 +19,7 @@ import torch
 from PIL import features
 from tqdm import tqdm
 
-from plumbing.pictures import find_images, make_folder, write_bytes
+from plumbing.files import READ, find_images, make_folder, write_bytes
 from plumbing.shards import read_records, settings_of, write_shard
 
 MAX_SHARD = 256  # samples; about 120 MB at 512 px
@@ -28,9 +29,10 @@ def sources_in(data, out, limit):
     """Names, relative to the folder data, of its first `limit` pictures, those in out left aside."""
     if not data.is_dir():
         raise ValueError(f"expected a folder of pictures, got --data {data}: name an existing folder")
-    paths = [path for path in find_images([data]) if out.resolve() not in path.resolve().parents]
+    made = os.path.realpath(out)  # unlike Path.resolve, no error for a link to itself
+    paths = [path for path in find_images([data]) if not Path(os.path.realpath(path)).is_relative_to(made)]
     if not paths:
-        raise ValueError(f"expected pictures (png, jpg, webp) in {data}, got none: name another folder")
+        raise ValueError(f"expected pictures ({', '.join(READ)}) in {data}, got none: name another folder")
     return [path.relative_to(data).as_posix() for path in paths[:limit]]
 
 
@@ -66,8 +68,11 @@ def begin(out, settings, rank):
         if any(not path.name.endswith(".tmp") for path in out.iterdir()):
             raise ValueError(f"expected a new or empty folder or a cache, got {out}: choose another --out")
         return write_json(out / "settings.json", settings)
-    done = (out / "meta.json").exists()  # what is finished stays good when libraries change
-    keys = [key for key in settings if before.get(key) != settings[key] and not (done and key == "versions")]
+    done = (
+        out / "meta.json"
+    ).exists()  # what is finished stays good when libraries change, or this program learns a setting
+    known = [key for key in settings if not (done and (key == "versions" or key not in before))]
+    keys = [key for key in known if before.get(key) != settings[key]]
     if keys:
         was = ", ".join(f"{key} {before.get(key)} (now {settings[key]})" for key in keys)
         raise ValueError(f"expected the settings of the cache in {out}, got others: {was}: delete it or change --out")

@@ -12,6 +12,11 @@ import os
 import shutil
 import time
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
@@ -49,6 +54,8 @@ def check_settings(folder, now):
     """ValueError that names the first setting of the checkpoint that differs from `now`."""
     config = {"entry": "clean"} | load_config(folder)
     for name, value in now.items():
+        if name == "init" and value and os.path.realpath(value) == os.path.realpath(config.get(name) or ""):
+            continue  # a path may be relative in one run and absolute in the next
         if config.get(name) != value:
             raise ValueError(
                 f"expected {name} = {config.get(name)!r}, as in {folder}, got {value!r}: give the same, or another --out"
@@ -81,6 +88,32 @@ def check_networks(cache, meta, **networks):
             )
 
 
+# --- one process at a time ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def alone(out, rank):
+    """Inside, no other training writes into the folder out; ValueError where one does. The lock ends with the process.
+
+    Rank 0 takes it for all processes of a training. Where folders cannot be locked (Windows, some network disks) none is.
+    """
+    if rank or not fcntl:
+        yield
+        return
+    handle = os.open(pictures.make_folder(out), os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(f"another process is training into {out}: wait for it, or give another --out") from None
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
 # --- checkpoints --------------------------------------------------------------------------------------------------------
 
 
@@ -101,9 +134,8 @@ def write(out, step, fill, keep=2):
         try:
             fill(temporary)
         except Exception as e:  # safetensors and diffusers have errors of their own for a full disk
-            raise OSError(
-                f"could not write {final} ({e}): make room, the same command goes on from the checkpoint before it"
-            ) from e
+            goes_on = f"goes on from {steps_in(out)[-1]}" if steps_in(out) else "begins anew"
+            raise OSError(f"could not write {final} ({e}): make room, the same command {goes_on}") from e
         for path in [*temporary.rglob("*"), temporary]:
             pictures.sync(path)
         if final not in steps_in(out):

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -388,13 +389,38 @@ def fill_broken(folder):
     return folder
 
 
+def test_pictures_too_small_to_be_a_training_face_are_named_and_left_out(tmp_path, capsys):
+    data = fill(tmp_path / "data", 2)
+    pictures.write_image(data / "dot.png", torch.zeros(3, 1, 1))
+    pictures.write_image(data / "strip.png", torch.zeros(3, 300, 31))
+    pictures.write_image(data / "half.png", torch.rand(3, 32, 300))
+    assert run(data, tmp_path / "cache") == 1
+    err = capsys.readouterr().err
+    assert "skipped dot.png: expected a short side of 32 px or more, got 1x1" in err and "2 of 5" in err
+    assert [s["source"] for s in cache.read_meta(tmp_path / "cache")["skipped"]] == ["dot.png", "strip.png"]
+    assert run(data, tmp_path / "all", "--min-side", "1") == 0 and cache.read_meta(tmp_path / "all")["count"] == 5
+    with pytest.raises(ValueError, match="min_side 1 .now 32"):
+        run(data, tmp_path / "all")
+
+
+def test_a_cache_that_was_finished_before_a_setting_was_known_stays_good(whole, tmp_path, capsys):
+    folder = tmp_path / "cache"
+    shutil.copytree(whole[0], folder)
+    for name in ("settings.json", "meta.json"):
+        old = json.loads((folder / name).read_text())
+        del old["min_side"]
+        (folder / name).write_text(json.dumps(old))
+    assert run(whole[1], folder, "--repeats", "2") == 0 and "nothing to do" in capsys.readouterr().out
+
+
 def test_links_to_nothing_and_pipes_are_skipped_too(tmp_path):
     data = fill(tmp_path / "data", 2)
     os.mkfifo(data / "pipe.png")
     (data / "link.png").symlink_to(data / "gone.png")
+    (data / "loop.png").symlink_to("loop.png")
     assert run(data, tmp_path / "c") == 1
     meta = cache.CacheDataset(tmp_path / "c").meta
-    assert meta["count"] == 2 and [s["source"] for s in meta["skipped"]] == ["link.png", "pipe.png"]
+    assert meta["count"] == 2 and [s["source"] for s in meta["skipped"]] == ["link.png", "loop.png", "pipe.png"]
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,16 @@ def test_colours_of_a_profile_become_srgb(kind):
     assert torch.equal(pictures.decode_image(same, "a"), tensor(pixels))
 
 
+def test_a_profile_of_more_than_a_megabyte_counts_too():
+    pixels = noise()
+    large = made.rgb_profile(made.DISPLAY_P3) + np.random.default_rng(0).bytes(1_200_000)
+    ours, small = (
+        pictures.decode_image(file_of(pixels, icc_profile=profile), "a")
+        for profile in (large, made.rgb_profile(made.DISPLAY_P3))
+    )
+    assert torch.equal(ours, small) and not torch.equal(ours, tensor(pixels))
+
+
 def test_gray_and_cmyk_profiles():
     gray = np.arange(256, dtype=np.uint8)[None]
     v = np.arange(256) / 255

@@ -190,6 +190,12 @@ def test_the_orientation_counts_whatever_the_other_tags_hold(odd, kind):
     assert pictures.decode_image(data, "a").shape == (3, 64, 48)
 
 
+def test_exif_data_that_is_none_costs_nothing():
+    data = file_of(noise(), exif=b"Exif\0\0no directory")
+    for metadata in ("basic", "gps", "none"):
+        assert torch.equal(pictures.decode_picture(data, "a", metadata).x, tensor(noise()))
+
+
 @pytest.mark.parametrize("extra", ["text", "profile", "bomb", "checksum", "checksum of tRNS"])
 def test_what_stands_beside_a_pngs_pixels_does_not_matter(extra):
     plain = file_of(noise())

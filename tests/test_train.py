@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import cache
 import sgcl
 import train
-from plumbing import commands, published
+from plumbing import commands, published, runs
 from plumbing.batches import Batches, generator
 from plumbing.pictures import write_image
 from plumbing.published import load_lpips, load_vae
@@ -484,7 +484,10 @@ def test_two_processes_make_the_steps_of_one(small_cache, tmp_path):
     assert process.returncode == 0, err
     a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert gap(a, b, "weight") < 1e-5 and gap(a, b, "exp_avg") < 1e-6
-    assert len(log(tmp_path / "two")) == 4  # one log, rank 0's
+    one, two = log(tmp_path / "one"), log(tmp_path / "two")  # of the whole batch, however many processes share it
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-5)
+    assert [line["raw"] for line in two] == [pytest.approx(line["raw"], rel=1e-4) for line in one]
+    assert "broadcast_buffers" not in err
 
 
 def test_bad_input_is_one_line(small_cache, stage_a, tmp_path, capsys):
@@ -548,8 +551,35 @@ def test_a_disk_that_is_full_keeps_the_checkpoints_before(small_cache, tmp_path,
 
     monkeypatch.setattr(Student, "save", save)
     assert train.main(train.parse_args(argv)) == 1
-    assert "No space left" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "No space left" in err and "goes on from" in err and "x/step-000002" in err
     assert [p.name for p in (tmp_path / "x").iterdir() if p.is_dir()] == ["step-000002"]
+    argv = arguments(small_cache, tmp_path / "y", "--steps", "4")
+    assert train.main(train.parse_args(argv)) == 1  # the first checkpoint: there is none before it
+    assert "the same command begins anew" in capsys.readouterr().err and not steps_in(tmp_path / "y")
+
+
+def test_two_trainings_do_not_share_a_folder(small_cache, stage_a, tmp_path, capsys):
+    out = tmp_path / "x"
+    argv = arguments(small_cache, out, "--steps", "1", "--lambda-sgcl", "0")
+    with runs.alone(out, 0):
+        assert train.main(train.parse_args(argv)) == 1
+    err = capsys.readouterr().err.strip().splitlines()
+    assert "another process is training into" in err[-1] and not list(out.iterdir())
+    with runs.alone(out, 0), runs.alone(tmp_path / "y", 0), runs.alone(out, 1):
+        pass  # other folders, and the other processes of this training
+    run_here(*argv)
+
+
+def test_init_is_the_same_folder_by_any_path(small_cache, stage_a, tmp_path, monkeypatch, capsys):
+    more = ("--steps", "1", "--lambda-sgcl", "0", "--lambda-lpips", "0", "--lambda-l1", "0")
+    monkeypatch.chdir(stage_a.parent)
+    run_here(*arguments(small_cache, tmp_path / "b", *more, "--init", stage_a.name, stage="B"))
+    run_here(*arguments(small_cache, tmp_path / "b", *more, "--init", stage_a, stage="B"))
+    assert "nothing to do" in capsys.readouterr().out
+    other = shutil.copytree(stage_a, tmp_path / "other")
+    argv = arguments(small_cache, tmp_path / "b", *more, "--init", other, stage="B")
+    assert train.main(train.parse_args(list(map(str, argv)))) == 1 and "init = " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
