@@ -24,7 +24,7 @@ from plumbing import pictures
 from plumbing.commands import say
 from plumbing.files import make_folder, write_bytes
 from plumbing.presets import ROOT, locate
-from student import Student, decode, encode, enter, vit_tokens, x0_from_eps
+from student import Student, decode, encode, vit_tokens, x0_from_eps
 from teacher import PMRF
 
 FACE = ROOT / "samples" / "clean" / "collins.png"
@@ -120,12 +120,13 @@ def one_step(m):
     ((z_tau, *_), said), alpha_bar = calls[0], s.alphas_bar[s.tau]
     x_0 = x0_from_eps(z_tau, said.sample, alpha_bar)
     x_hat, x_target = decode(s.vae, z), m.teacher.restore(m.y, seed=0)
-    pulled = decode(s.vae, x_0) - decode(s.vae, encode(s.vae, m.y))
-    return [
-        [(f"y\n{m.note(m.y)}", m.y), (f"D(z_tau), tau = {s.tau}", decode(s.vae, z_tau)), ("eps, first 3 channels", channel(said.sample))],
-        [("D(x_0) - D(z_y), x 2", signed(pulled, 2)), ("x_0, first 3 channels", channel(x_0)), (f"S(y) = D(z)\n{m.note(x_hat)}", x_hat)],
-        [(f"T(y), 25 steps\n{m.note(x_target)}", x_target), ("4 times S(y) - T(y)", signed(x_hat - x_target, 4)), ("X, the original", m.x)],
-    ]  # fmt: skip
+    moved = decode(s.vae, x_0) - decode(s.vae, encode(s.vae, m.y))
+    into = [(f"y\n{m.note(m.y)}", m.y), (f"D(z_tau), tau = {s.tau}", decode(s.vae, z_tau))]
+    into += [("eps, first 3 channels", channel(said.sample))]
+    out = [("D(x_0) - D(z_y), x 2", signed(moved, 2)), ("x_0, first 3 channels", channel(x_0))]
+    out += [(f"S(y) = D(z)\n{m.note(x_hat)}", x_hat)]
+    beside = [(f"T(y), 25 steps\n{m.note(x_target)}", x_target), ("4 times S(y) - T(y)", signed(x_hat - x_target, 4))]
+    return [into, out, [*beside, ("X, the original", m.x)]]
 
 
 # --- Sec. 3.3.1: the degradation token --------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def plane(path):
         box = (70 + 470 * (i % columns), 40 + 370 * (i // columns), 380, 280)
         found = values_of(own, "method", ("psnr", "lpips"))
         methods = {name: [mean_interval(v["psnr"]), mean_interval(v["lpips"])] for name, v in found.items()}
-        marks += plane_of(methods, box, f"degradation: {level}")
+        marks += plane_of(methods, box, f"degradation: {level}; numbers: the teacher's steps")
     return svg(20 + 470 * columns, 20 + 370 * -(-len(levels) // columns), marks)
 
 
@@ -65,9 +65,9 @@ def plane_of(methods, box, title):
         a.line(x_range, (y, y), colour)
         a.line((x, x), y_range, colour)
         a.dot(x, y, colour)
-        short = name.removeprefix("teacher, ").removesuffix(" tiny")
-        left = x > sum(a.x) / 2
-        a.label(x, y, short, (-8, -6) if left else (8, -6), "end" if left else "start", colour)
+        short = name.split()[1] if name in teacher else name.removesuffix(" tiny")
+        below, left = name in teacher, x > sum(a.x) / 2
+        a.label(x, y, short, (-8 if left else 8, 16 if below else -6), "end" if left else "start", colour)
     return a.marks
 
 
@@ -78,7 +78,7 @@ def ablation_bars(path):
     """How far each row of an ablation.csv is from its first, the full model: paired by face and seed, with intervals."""
     found = values_of(read_csv(path, ("row", "seed", "face", "psnr", "lpips")), "row", ("psnr", "lpips"))
     (_, full), *rows = found.items()
-    names, height, marks = 270, 30 * len(rows), []
+    names, height, marks = 310, 30 * len(rows), []
     for k, (metric, unit, better) in enumerate((("psnr", " dB", "right"), ("lpips", "", "left"))):
         differences = [mean_interval(v[metric] - full[metric]) for _, v in rows]
         title = f"{metric.upper()} minus the full model's {full[metric].mean():.4g}{unit}"

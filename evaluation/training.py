@@ -65,13 +65,14 @@ def training_page(run, out):
 def read_log(path):
     """The whole lines of a log.jsonl: the last one may be in the writing."""
     if not path.is_file():
-        raise FileNotFoundError(
-            f"expected a training's log.jsonl in {path.parent}, found none: name the --out of train.py"
-        )
+        raise FileNotFoundError(f"expected a training's log in {path}, found none: name the --out of train.py")
     whole = [line for line in path.read_text().split("\n")[:-1] if line.startswith("{") and line.endswith("}}")]
-    if not whole:
-        raise ValueError(f"expected a logged step in {path}, got none yet: wait for the first, --log-every steps away")
-    return [json.loads(line) for line in whole]
+    lines = [json.loads(line) for line in whole]
+    if not lines:
+        raise ValueError(f"expected a logged step in {path}, got none yet: wait for the first, after --log-every steps")
+    if not all(line.keys() >= {"step", "seconds", "lr", "loss", "raw", "weighted"} for line in lines):
+        raise ValueError(f"expected the lines of train.py in {path}, got others: train it again")
+    return lines
 
 
 def curves(lines, batch):
