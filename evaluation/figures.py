@@ -223,7 +223,7 @@ def jpeg(sheet):
     """The bytes of a picture as JPEG, of the best quality that MAX_BYTES allows."""
     for quality in range(92, 20, -4):
         f = io.BytesIO()
-        sheet.save(f, "JPEG", quality=quality, subsampling=0, optimize=True)
+        sheet.save(f, "JPEG", quality=quality, subsampling=0)
         if f.tell() <= MAX_BYTES:
             break
     return f.getvalue()

@@ -5,6 +5,7 @@ made at any time while train.py goes on. It needs no network.
 """
 
 import base64
+import contextlib
 import json
 from html import escape
 
@@ -44,10 +45,8 @@ def training_page(run, out):
     except FileNotFoundError:
         config = {}  # before the first checkpoint
     last, grid = lines[-1], run / "grid.png"
-    steps = config.get("steps", "?")
-    summary = (
-        f"Step {last['step']} of {steps}, loss {last['loss']:.4f}, {sum(line['seconds'] for line in lines):.0f} s."
-    )
+    of = f" of {config['steps']}" if "steps" in config else ""
+    summary = f"Step {last['step']}{of}, loss {last['loss']:.4f}, {sum(line['seconds'] for line in lines):.0f} s."
     picture = "<p>No picture yet: the first checkpoint brings one.</p>"
     if grid.is_file():
         data = base64.b64encode(grid.read_bytes()).decode()
@@ -67,12 +66,13 @@ def read_log(path):
     if not path.is_file():
         raise FileNotFoundError(f"expected a training's log in {path}, found none: name the --out of train.py")
     whole = [line for line in path.read_text().split("\n")[:-1] if line.startswith("{") and line.endswith("}}")]
-    lines = [json.loads(line) for line in whole]
-    if not lines:
+    if not whole:
         raise ValueError(f"expected a logged step in {path}, got none yet: wait for the first, after --log-every steps")
-    if not all(line.keys() >= {"step", "seconds", "lr", "loss", "raw", "weighted"} for line in lines):
-        raise ValueError(f"expected the lines of train.py in {path}, got others: train it again")
-    return lines
+    with contextlib.suppress(json.JSONDecodeError):
+        lines = [json.loads(line) for line in whole]
+        if all(line.keys() >= {"step", "seconds", "lr", "loss", "raw", "weighted"} for line in lines):
+            return lines
+    raise ValueError(f"expected the lines of train.py in {path}, got others: train it again")
 
 
 def curves(lines, batch):
