@@ -181,6 +181,8 @@ class Run:
         args.precision = ("bf16" if gpu else "fp32") if args.precision == "auto" else args.precision
         args.lr = self.student.config["lr"] if args.lr is None else args.lr
         self.trained = self.student.set_stage(args.stage)  # {name: parameter}; all else is frozen
+        if args.checkpointing:
+            recompute(self.student)
         self.ema = {name: p.detach().clone() for name, p in self.trained.items()}
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=args.lr, weight_decay=5e-5, fused=gpu)
         self.one_step = OneStep(self.student)
@@ -296,11 +298,8 @@ def train(args):
     devices.join(run.device)
     with runs.alone(args.out, run.rank):
         first = resume(run)
-        if args.checkpointing:
-            recompute(run.student)
         if run.world > 1:
-            ids = [run.device.index] if run.device.type == "cuda" else None
-            run.one_step = DistributedDataParallel(run.one_step, device_ids=ids)
+            run.one_step = DistributedDataParallel(run.one_step)
         if first and first >= args.steps and not run.rank:
             commands.say(f"{args.out} is finished at step {first}: nothing to do")
         if not args.steps:

@@ -18,6 +18,7 @@ from evaluation.metrics import mean_interval
 from evaluation.quality import student_row
 from evaluation.tables import DIGITS, TITLES, markdown, spread, write_csv, write_text
 from plumbing.commands import say
+from plumbing.devices import prepare
 from plumbing.pictures import make_folder
 from plumbing.presets import ROOT, load_config, locate, newest_checkpoint
 from plumbing.shards import read_meta
@@ -66,7 +67,7 @@ def ablation(data, cache, out, *, steps, seeds, batch, precision, ranges, limit,
         for seed in seeds:
             folder = out / "".join(c if c.isalnum() else "_" for c in row) / f"seed_{seed}"
             common = ["--batch", batch, "--precision", precision, "--seed", seed]
-            student = Student.load(train_row(folder, row, steps, cache, common), merge=True).to(device)
+            student = prepare(Student.load(train_row(folder, row, steps, cache, common), merge=True), device)
             methods = {
                 name: student_row(student, fix, device)
                 for name, fix in (fixes.items() if row == "full" else [(row, "wavelet")])

@@ -16,7 +16,7 @@ from evaluation.metrics import SETS, PictureMetrics, optional, set_metrics
 from evaluation.tables import TITLES, interval, markdown, write_csv, write_text
 from plumbing import pictures
 from plumbing.commands import say
-from plumbing.devices import synchronize
+from plumbing.devices import prepare, synchronize
 from plumbing.presets import locate
 from restore import restore
 from student import Student, decode, encode
@@ -30,12 +30,12 @@ CEILING = "teacher through the VAE"  # the best that a student of this latent sp
 
 def load_models(checkpoints, device):
     """The students by name and the teacher of the first one. ValueError if they do not all work at one picture size."""
-    students = {str(name): Student.load(name, merge=True).to(device) for name in checkpoints}
+    students = {str(name): prepare(Student.load(name, merge=True), device) for name in checkpoints}
     sizes = {name: student.image_size for name, student in students.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"expected checkpoints of one picture size, got {sizes}: evaluate them one by one")
     config = next(iter(students.values())).config
-    return students, PMRF.from_pretrained(locate(config["teacher"])).to(device)
+    return students, prepare(PMRF.from_pretrained(locate(config["teacher"])), device)
 
 
 def methods(students, teacher, steps, device):

@@ -17,7 +17,7 @@ PRESETS = {
         "base": "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "lcm_lora": "latent-consistency/lcm-lora-sdv1-5",
         "clip": {"name": "vit_base_patch16_clip_quickgelu_224.openai"},
-        "dino": {"name": "vit_base_patch14_dinov2.lvd142m", "img_size": 224},
+        "dino": {"name": "vit_base_patch14_dinov2.lvd142m", "img_size": 518},
         "visual_encoder": {"nf": 64, "emb_dim": 197, "ch_mult": [2, 4, 8], "res_blocks": 2},
         "condition_channels": [16, 32, 96, 256],
         "adapter": "zero-linear",

@@ -40,6 +40,7 @@ import cache
 import degrade
 import teacher
 from plumbing import offline, pictures
+from plumbing.presets import PRESETS
 
 SIZE = 64
 
@@ -608,8 +609,8 @@ def test_tiny_preset_end_to_end(tmp_path, capsys):
     assert cache.work(cache.parse_args(arguments)) == 0
     assert cache.work(cache.parse_args(["--check", str(tmp_path / "c"), "--device", "cpu"])) == 0
     assert "all as they were written" in capsys.readouterr().out
-    sample = cache.CacheDataset(tmp_path / "c")[0]
-    assert sample["y"].shape == sample["x_target"].shape == (3, 128, 128)
+    sample, S = cache.CacheDataset(tmp_path / "c")[0], PRESETS["tiny"]["image_size"]
+    assert sample["y"].shape == sample["x_target"].shape == (3, S, S)
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ def test_a_step_that_does_not_log_never_waits_for_the_gpu(small_cache, tmp_path,
 
 def test_a_killed_run_goes_on(small_cache, tmp_path):
     """kill -9 in the middle, then the same command: the losses are those of an unbroken run within a GPU's rounding."""
-    more = ("--steps", 20, "--save-every", 2, "--precision", "fp32")
+    more = ("--steps", 20, "--save-every", 2, "--precision", "fp32", "--lr", "2e-5")
     run_here(*arguments(small_cache, tmp_path / "whole", *more))
     killed = tmp_path / "killed"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

@@ -49,7 +49,7 @@ def test_the_paper_preset_value_by_value():
         "lora_rank": 32,  # Sec. 4
         "lr": 2e-5,  # Sec. 4
     }
-    assert PAPER["dino"]["img_size"] == 224 and PAPER["entry"] == "mean"  # measured: docs/choices.md
+    assert PAPER["dino"]["img_size"] == 518 and PAPER["entry"] == "mean"  # measured: docs/choices.md
 
 
 def put(hub, repository, source):

@@ -211,7 +211,7 @@ def test_published_sizes():
     assert count(adapter.parameters()) == 590_592
     assert count(vae.parameters()) == 83_653_863
     assert count(clip.parameters()) == 85_799_424
-    assert count(dino.parameters()) == 85_724_928
+    assert count(dino.parameters()) == 86_579_712
     with torch.device("meta"):
         r = PRESETS["paper"]["lora_rank"]
         lora = peft.get_peft_model(unet, peft.LoraConfig(r=r, lora_alpha=r, target_modules=LORA_TARGETS))

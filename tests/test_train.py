@@ -166,6 +166,9 @@ class Known:
             [],
         )
 
+    def parameters(self):
+        yield torch.zeros(1)
+
     def decode(self, z):
         return SimpleNamespace(sample=z[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3))
 
@@ -408,12 +411,13 @@ def test_checkpointing_recomputes_all_three_networks_and_keeps_less(small_cache,
 
 def test_bf16_keeps_weights_losses_ema_and_latents_in_float32(small_cache, tmp_path, monkeypatch):
     """Only products are in bf16: close to the float32 step, not equal to it, and LPIPS is the very same function."""
-    kinds, lpips_inputs = {}, []
+    kinds, lpips_inputs, mean = {}, [], runs.Log.mean
 
-    def spy(terms, *_):
-        kinds.update({name: value.dtype for name, value in terms.items()})
+    def spy(log, values):
+        kinds.update({name: value.dtype for name, value in values.items()})
+        return mean(log, values)
 
-    monkeypatch.setattr(train, "check_finite", spy)
+    monkeypatch.setattr(runs.Log, "mean", spy)
     real = train.lpips_loss
     monkeypatch.setattr(
         train, "lpips_loss", lambda f, a, b: (lpips_inputs.append((f, a.detach(), b)), real(f, a, b))[1]
@@ -477,7 +481,7 @@ def test_two_processes_make_the_steps_of_one(small_cache, tmp_path):
     more = ("--steps", "4", "--sgcl-every", "1", "--lr", "2e-5", "--seed", "1")
     run_here(*arguments(small_cache, tmp_path / "one", *more))
     process = command(
-        "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "train.py",
+        "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train.py",
         *arguments(small_cache, tmp_path / "two", *more),
     )  # fmt: skip
     _, err = process.communicate(timeout=240)
