@@ -20,7 +20,7 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 BLOCK = re.compile(r"(?:<!-- ([^\n]*) -->\n)?```(\w+)\n(.*?)```", re.DOTALL)  # comment above, language, text
-SCRIPTS = ("cache", "train", "restore", "degrade", "evaluate", "tiny.pretrain")
+SCRIPTS = ("cache", "train", "restore", "degrade", "align", "evaluate", "tiny.pretrain")
 
 
 def blocks(language):
@@ -34,6 +34,8 @@ def commands():
     found = []
     for page, comment, text in blocks("bash"):
         text = re.sub(r'python -c "(.*?)"|<<\'END\'\n.*?\nEND', "", text.replace("\\\n", " "), flags=re.DOTALL)
+        for variable, first in re.findall(r"^for (\w+) in (\S+) .*; do$", text, re.MULTILINE):
+            text = text.replace(f"${variable}", first)  # a loop's first round
         for line in text.splitlines():
             words = [w for w in shlex.split(line, comments=True) if w != "time"]
             if words[:1] in (["python"], ["torchrun"]):
