@@ -60,18 +60,22 @@ def apply(x, params):
     if x.ndim != 3 or x.shape[0] != 3:
         raise ValueError(f"expected a picture (3, H, W), got {tuple(x.shape)}: degrade the pictures one by one")
     y = x.detach().cpu().numpy().astype(np.float64) * 255
-    y = one_pass(y, params.before, x.shape[1:]) if params.before else y  # Real-ESRGAN has two
-    y = bilinear(one_pass(y, params, x.shape[1:]), x.shape[1:])
+    for p in (params.before, params) if params.before else (params,):  # Real-ESRGAN has two passes
+        *_, y = one_pass(y, p, x.shape[1:])
+    y = bilinear(y, x.shape[1:])
     y = to_gray(torch.from_numpy(y)).numpy() if params.gray else y
     return torch.from_numpy(_round8(y).astype(np.float32) / 255)
 
 
 def one_pass(y, params, size):
-    """[ (y * k_sigma) down_r + n_delta ]_JPEG_q of y (3, h, w) float64, 0 ... 255; r counts from size = (H, W)."""
-    y = blur(y, _gaussian_kernel(params.kernel_size, params.sigma_x, params.sigma_y, params.theta))
-    y = bilinear(y, [max(1, int(n / params.down)) for n in size])
-    y = y + params.noise * np.random.Generator(np.random.PCG64(params.noise_seed)).standard_normal(y.shape)
-    return jpeg(_round8(y), params.jpeg).astype(np.float64)
+    """[ (y * k_sigma) down_r + n_delta ]_JPEG_q of y (3, h, w) float64, 0 ... 255; r counts from size = (H, W).
+
+    Yields what there is after each of the four: blur, downsampling, noise, JPEG.
+    """
+    yield (y := blur(y, _gaussian_kernel(params.kernel_size, params.sigma_x, params.sigma_y, params.theta)))
+    yield (y := bilinear(y, [max(1, int(n / params.down)) for n in size]))
+    yield (y := y + params.noise * np.random.Generator(np.random.PCG64(params.noise_seed)).standard_normal(y.shape))
+    yield jpeg(_round8(y), params.jpeg).astype(np.float64)
 
 
 def gaussian_kernel(size, sigma_x, sigma_y, theta):

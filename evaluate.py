@@ -5,7 +5,9 @@
     ablation   trains each row of Tab. 3 at small scale with train.py, and measures it
     speed      time and memory a picture, and the parts of the student's one step (Tab. 1, "Time")
     cost       GPU hours, energy and carbon of trainings, from their logs (Tab. 4)
-    report     one HTML page to look at: before | after of each face by every method, with the numbers beside them
+    report     one HTML page to look at: before | after of each face by every method, with the numbers beside them;
+               or the curves of a training, finished or not
+    figures    the paper's equations as pictures (docs/tour.md), from the samples and the small model
 
 Clean faces (--data) are brought to the model's size, degraded by degrade.py with seed + index, and restored one at a time;
 given pictures (--lq) keep their size. Measured is what restore.py would write, 8 bits a channel. FID against the few faces of
@@ -27,6 +29,7 @@ RANGES = ("difface", "gfpgan", "codeformer", "codeformer-large", "realesrgan")
 METRICS = ("psnr", "ssim", "mse", "lpips", "lpips-vgg", "fid", "kid", "precision", "musiq", "niqe")
 PAIRED, SETS = METRICS[:5], METRICS[5:8]  # need an original; compare two folders
 DEFAULT = ["psnr", "ssim", "lpips"]
+DATA = Path(__file__).resolve().parent / "docs" / "data"  # CSVs of the validation
 SEED = whole(0, 2**62 - 1)  # a face's own seed is this one plus its index
 
 
@@ -38,12 +41,15 @@ def parse_args(argv=None):
     ablation = sub.add_parser("ablation", help="train and measure the rows of Tab. 3")
     speed = sub.add_parser("speed", help="time and memory a picture")
     cost = sub.add_parser("cost", help="GPU hours, energy and carbon of trainings (Tab. 4)")
-    report = sub.add_parser("report", help="one HTML page of pictures and numbers")
+    report = sub.add_parser("report", help="one HTML page of pictures and numbers, or of a training")
+    figures = sub.add_parser("figures", help="the paper's equations as pictures")
 
     for c in (quality, report):
         source = c.add_mutually_exclusive_group(required=True)
         source.add_argument("--data", metavar="DIR", help="folder of clean faces, not trained on, to be degraded")
         source.add_argument("--lq", metavar="DIR", help="folder of degraded pictures")
+        if c is report:
+            source.add_argument("--run", type=Path, metavar="RUN", help="folder of train.py: its curves and pictures")
         c.add_argument("--hq", metavar="DIR", help="the originals of --lq, by the same paths (suffixes may differ)")
         c.add_argument("--restored", nargs="+", default=[], metavar="DIR", help="--lq restored by another program")
         c.add_argument("--checkpoint", nargs="+", metavar="tiny|DIR", help="students (default tiny; with --restored none)")
@@ -84,6 +90,9 @@ def parse_args(argv=None):
         where = "file.html" if c is report else "folder for the tables"
         c.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: a GPU if any")
         c.add_argument("--out", type=Path, required=c is not speed, help=where)
+    figures.add_argument("--quality", type=Path, metavar="CSV", default=DATA / "quality.csv", help="for the plane of Fig. 1b")
+    figures.add_argument("--ablation", type=Path, metavar="CSV", default=DATA / "ablation.csv", help="for the bars of Tab. 3")
+    figures.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the figures")
     args = p.parse_args(argv)
     check(args, p.error)
     return args
@@ -99,6 +108,10 @@ def check(args, error):
     if args.command not in ("quality", "report"):
         args.metrics = getattr(args, "metrics", None) or DEFAULT
         return
+    if args.command == "report" and args.run:
+        names = ("hq", "restored", "checkpoint", "ranges", "metrics", "identity", "level")
+        if given := [f"--{name}" for name in names if getattr(args, name)]:
+            error(f"{' '.join(given)} belong to pictures, got --run, a training: leave them out")
     if args.data and (args.hq or args.restored):
         error("--hq and --restored belong to --lq, got --data: leave them out, or name the degraded pictures with --lq")
     if args.lq and (args.level or args.ranges):
@@ -119,10 +132,12 @@ import torch
 
 from evaluation.ablation import ablation
 from evaluation.cost import cost_table, gpu_hours
+from evaluation.figures import figures
 from evaluation.quality import Measures, clean_faces, given_faces, quality
 from evaluation.report import report
 from evaluation.speed import random_models, table
 from evaluation.tables import markdown, write_text
+from evaluation.training import training_page
 from plumbing.devices import choose_device, precision_of, prepare
 from plumbing.pictures import make_folder
 from plumbing.presets import load_config, locate
@@ -135,11 +150,15 @@ def work(args):
     if args.command == "cost":
         hours = {run: gpu_hours(run) for run in args.run}
         return commands.say(cost_table(hours, args.power, args.pue, args.intensity))
+    if args.command == "figures":
+        return figures(args.out, args.quality, args.ablation)
+    if args.command == "report" and args.out.is_dir():
+        raise ValueError(f"expected a file for the page, got the folder {args.out}: name a file in it")
+    if args.command == "report" and args.run:
+        return training_page(args.run, args.out)
     device = choose_device(args.device)
     if args.command == "speed":
         return speed(args, device)
-    if args.command == "report" and args.out.is_dir():
-        raise ValueError(f"expected a file for the page, got the folder {args.out}: name a file in it")
     measures = Measures(args.metrics, device, getattr(args, "reference", None), args.identity)
     if args.command == "ablation":
         training = dict(steps=args.steps, seeds=args.seeds, batch=args.batch, precision=args.precision)

@@ -16,6 +16,12 @@ import json
 import pytest
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--commands", action="store_true", help="run the documentation's commands that are marked quick, too"
+    )
+
+
 @pytest.fixture(scope="session")
 def small_config(tmp_path_factory):
     """A folder of the published layouts with random weights (SD v1.5's, LCM-LoRA's, timm's, PMRF's), as a config."""

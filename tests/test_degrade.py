@@ -256,7 +256,7 @@ def test_realesrgan_draws_are_those_of_its_options():
 def test_two_passes_are_one_after_the_other():
     first = degrade.Params(3, 0.8, 0.8, 0.0, 1.5, noise=5.0, noise_seed=1, jpeg=50)
     second = degrade.Params(1, 1.0, 1.0, 0.0, 3.0, noise=0.0, noise_seed=2, jpeg=70, before=first)
-    y = degrade.one_pass(picture().numpy().astype(np.float64) * 255, first, (24, 20))
+    *_, y = degrade.one_pass(picture().numpy().astype(np.float64) * 255, first, (24, 20))
     assert y.shape == (3, 16, 13)
     y = pillow_jpeg(
         np.round(np.round(opencv_bilinear(y, (8, 6)), 9)).astype(np.uint8), 70

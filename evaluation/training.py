@@ -1,0 +1,114 @@
+"""One HTML page of a training: the curves of its log.jsonl, its grid of pictures, its settings; nothing else.
+
+Used by `python evaluate.py report --run RUN`. Only whole lines of the log and finished checkpoints are read, so the page can be
+made at any time while train.py goes on. It needs no network.
+"""
+
+import base64
+import contextlib
+import json
+from html import escape
+
+from evaluation.svg import COLOURS, Axes, limits, svg, text
+from evaluation.tables import write_text
+from plumbing.commands import say
+from plumbing.presets import load_config
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ margin: 0 auto; max-width: 1100px; padding: 1rem 1.25rem; font: 15px/1.45 system-ui, sans-serif;
+        background: light-dark(#fff, #131518); color: light-dark(#1a1d21, #e6e8eb); }}
+.paper {{ fill: none; }}
+svg, img {{ max-width: 100%; height: auto; }}
+td {{ padding: 0.1rem 1rem 0.1rem 0; vertical-align: top; overflow-wrap: anywhere; }}
+</style>
+<h1>{title}</h1>
+<p>{summary}</p>
+{curves}
+{grid}
+<h2>Settings</h2>
+{settings}
+"""
+TERMS = {"lat": "latent", "lpips": "LPIPS", "l1": "L1", "sgcl": "SGCL"}  # of Eq. 6
+
+
+def training_page(run, out):
+    """Writes the page of the run's folder to the file `out`. FileNotFoundError, ValueError if there is no line of a log."""
+    lines = read_log(run / "log.jsonl")
+    try:
+        config = load_config(run)
+    except FileNotFoundError:
+        config = {}  # before the first checkpoint
+    last, grid = lines[-1], run / "grid.png"
+    of = f" of {config['steps']}" if "steps" in config else ""
+    summary = f"Step {last['step']}{of}, loss {last['loss']:.4f}, {sum(line['seconds'] for line in lines):.0f} s."
+    picture = "<p>No picture yet: the first checkpoint brings one.</p>"
+    if grid.is_file():
+        data = base64.b64encode(grid.read_bytes()).decode()
+        picture = f'<h2>LQ | student | X†, at the last checkpoint</h2>\n<img alt="" src="data:image/png;base64,{data}">'
+    rows = "".join(f"<tr><td>{escape(k)}<td>{escape(json.dumps(v))}" for k, v in config.items())
+    settings = f"<table>{rows}</table>" if rows else "<p>None yet: the first checkpoint brings them.</p>"
+    title = escape(f"Training {run}")
+    page = PAGE.format(
+        title=title, summary=summary, curves=curves(lines, config.get("batch")), grid=picture, settings=settings
+    )
+    write_text(out, page)
+    say(f"{out}: {len(lines)} logged steps, {len(page) / 1e6:.1f} MB")
+
+
+def read_log(path):
+    """The whole lines of a log.jsonl: the last one may be in the writing."""
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a training's log in {path}, found none: name the --out of train.py")
+    whole = [line for line in path.read_text().split("\n")[:-1] if line.startswith("{") and line.endswith("}}")]
+    if not whole:
+        raise ValueError(f"expected a logged step in {path}, got none yet: wait for the first, after --log-every steps")
+    with contextlib.suppress(json.JSONDecodeError):
+        lines = [json.loads(line) for line in whole]
+        if all(line.keys() >= {"step", "seconds", "lr", "loss", "raw", "weighted"} for line in lines):
+            return lines
+    raise ValueError(f"expected the lines of train.py in {path}, got others: train it again")
+
+
+def curves(lines, batch):
+    """SVG: each term of Eq. 6 raw, all of them weighted, the learning rate, and the pace where the batch is known."""
+    steps = [line["step"] for line in lines]
+    at = [(40 + 350 * (i % 3) + 30, 40 + 260 * (i // 3), 280, 170) for i in range(7)]
+    marks = []
+    for box, (name, title) in zip(at, TERMS.items(), strict=False):
+        marks += curve(box, f"{title}, raw", *series(lines, "raw", name))
+    weighted = {name: series(lines, "weighted", name) for name in TERMS}
+    marks += together(at[4], "weighted, as summed in Eq. 6", {name: xy for name, xy in weighted.items() if xy[0]})
+    marks += curve(at[5], "learning rate", steps, [line["lr"] for line in lines])
+    pace = [(b - a) / line["seconds"] * (batch or 1) for a, b, line in zip([0, *steps], steps, lines, strict=False)]
+    marks += curve(at[6], "samples a second" if batch else "steps a second", steps, pace)
+    return svg(1080, 800, marks)
+
+
+def series(lines, kind, name):
+    """Steps and values of a term, where it was computed: SGCL is in some steps only, and 0 in the others."""
+    found = [(line["step"], line[kind][name]) for line in lines if line["raw"].get(name)]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def curve(box, title, steps, values):
+    if not steps:
+        return [text(box[0], box[1] - 10, f"{title}: not computed")]
+    return together(box, f"{title}: {values[-1]:.4g}", {"": (steps, values)})
+
+
+def together(box, title, named):
+    """The marks of several curves {name: (steps, values)} in one box, with a legend."""
+    xs, ys = ([v for xy in named.values() for v in xy[k]] for k in (0, 1))
+    a = Axes(box, limits(xs), limits([0, *ys]), title, "step")
+    for i, (name, (steps, values)) in enumerate(named.items()):
+        a.line(steps, values, COLOURS[i])
+        if len(steps) == 1:
+            a.dot(steps[0], values[0], COLOURS[i], 3)
+        a.marks.append(text(box[0] + box[2], box[1] + 14 + 16 * i, TERMS.get(name, ""), "end", COLOURS[i]))
+    return a.marks
