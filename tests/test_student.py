@@ -181,6 +181,49 @@ def test_sec332_lora_at_its_start_changes_no_bit(small_config, y):
         assert torch.allclose(layer(x) - layer.base_layer(x), x @ a.T @ b.T, atol=1e-5)  # alpha = r: scale 1
 
 
+def test_sec332_a_merged_lora_is_what_peft_merges(small_config, tmp_path):
+    """With alpha = 2 r, so that a scale that is left out shows."""
+    lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules=LORA_TARGETS)
+    unet = peft.get_peft_model(student.load_unet(small_config), lora)
+    moved(unet, 0.1)
+    unet.save_pretrained(tmp_path)
+    ours = {
+        k.replace(".base_layer", ""): v.clone()
+        for k, v in unet.get_base_model().state_dict().items()
+        if "lora_" not in k
+    }
+    bare = student.load_unet(small_config)
+    bare.load_state_dict(ours)
+    layers = student.load_lora(tmp_path, "adapter_model.safetensors", bare)
+    assert {scale for _, _, scale in layers.values()} == {2.0}
+    merged, expected = student.merge_lora(bare, layers).state_dict(), unet.merge_and_unload().state_dict()
+    assert merged.keys() == expected.keys()
+    assert all(torch.allclose(merged[k], expected[k], atol=1e-6) for k in merged)
+    assert any(not torch.allclose(merged[k], ours[k], atol=1e-3) for k in merged)
+
+
+def test_sec332_a_checkpoint_restores_the_same_picture_merged_and_as_layers(small_config, tmp_path, y):
+    net = Student.from_published(small_config)
+    net.set_stage("B")
+    for name, p in net.unet.named_parameters():
+        if "lora_B" in name:
+            p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)))
+    net.save(tmp_path / "c", stage="B")
+    layers, merged = Student.load(tmp_path / "c"), Student.load(tmp_path / "c", merge=True)
+    assert layers.has_lora and not merged.has_lora and not [n for n, _ in merged.named_parameters() if "lora_" in n]
+    with torch.no_grad():
+        assert (layers(y) - merged(y)).abs().max() < 1 / 255
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn2.to_q.weight"
+    plain = student.load_unet(small_config).state_dict()
+    assert (merged.unet.state_dict()[layer] - plain[layer]).abs().max() > 1e-3
+    file = tmp_path / "c" / "lora" / "adapter_model.safetensors"
+    lora = load_file(file)
+    save_file({k: v for k, v in lora.items() if "ff.net.2" not in k}, file)
+    for merge in (True, False):
+        with pytest.raises(OSError, match="other layers"):
+            Student.load(tmp_path / "c", merge=merge)
+
+
 def test_sec4_what_each_stage_trains(small_config):
     net = Student.from_published(small_config)
     a = net.set_stage("A")
