@@ -29,7 +29,6 @@ RANGES = ("difface", "gfpgan", "codeformer", "codeformer-large", "realesrgan")
 METRICS = ("psnr", "ssim", "mse", "lpips", "lpips-vgg", "fid", "kid", "precision", "musiq", "niqe")
 PAIRED, SETS = METRICS[:5], METRICS[5:8]  # need an original; compare two folders
 DEFAULT = ["psnr", "ssim", "lpips"]
-DATA = Path(__file__).resolve().parent / "docs" / "data"  # CSVs of the validation
 SEED = whole(0, 2**62 - 1)  # a face's own seed is this one plus its index
 
 
@@ -90,8 +89,8 @@ def parse_args(argv=None):
         where = "file.html" if c is report else "folder for the tables"
         c.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: a GPU if any")
         c.add_argument("--out", type=Path, required=c is not speed, help=where)
-    figures.add_argument("--quality", type=Path, metavar="CSV", default=DATA / "quality.csv", help="for the plane of Fig. 1b")
-    figures.add_argument("--ablation", type=Path, metavar="CSV", default=DATA / "ablation.csv", help="for the bars of Tab. 3")
+    figures.add_argument("--quality", type=Path, metavar="CSV", help="for the plane of Fig. 1b (default: docs/data's)")
+    figures.add_argument("--ablation", type=Path, metavar="CSV", help="for the bars of Tab. 3 (default: docs/data's)")
     figures.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the figures")
     args = p.parse_args(argv)
     check(args, p.error)

@@ -27,6 +27,7 @@ from plumbing.presets import ROOT, locate
 from student import Student, decode, encode, vit_tokens, x0_from_eps
 from teacher import PMRF
 
+DATA = ROOT / "docs" / "data"  # the validation's CSVs
 FACE = ROOT / "samples" / "clean" / "collins.png"
 MAX_BYTES = 300_000
 COPIES = 200  # of the face, for the plot of tokens
@@ -242,16 +243,22 @@ PICTURES = {  # file: its rows, the side of a tile in pixels
 
 
 @torch.no_grad()
-def figures(out, quality, ablation):
-    """Writes every figure into the folder `out`; quality, ablation: CSVs for the two plots. A plot without one is left out."""
+def figures(out, quality=None, ablation=None):
+    """Writes every figure into the folder `out`. quality, ablation: CSVs for the two plots (None: those in DATA, if any).
+
+    ValueError if a CSV is not what evaluate.py writes, OSError if it is not there.
+    """
     make_folder(out)
-    plots = {"fig1b-plane.svg": (plane, quality), "tab3-ablation.svg": (ablation_bars, ablation)}
-    for name, (plot, path) in plots.items():
-        if path.is_file():
-            write_text(out / name, plot(path))
+    plots = {
+        "fig1b-plane.svg": (plane, quality, "quality.csv"),
+        "tab3-ablation.svg": (ablation_bars, ablation, "ablation.csv"),
+    }
+    for name, (plot, path, ours) in plots.items():
+        if path or (DATA / ours).is_file():
+            write_text(out / name, plot(path or DATA / ours))
             say(out / name)
         else:
-            say(f"{out / name}: left out, there is no {path}")
+            say(f"{out / name}: left out, there is no {DATA / ours}")
     models = Models()
     for name, (rows, side) in PICTURES.items():
         write_bytes(out / name, jpeg(draw(rows(models), side)))

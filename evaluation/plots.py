@@ -15,7 +15,9 @@ from evaluation.svg import COLOURS, Axes, limits, svg, text
 
 
 def read_csv(path, needed):
-    """The lines of a CSV as dicts. ValueError if it lacks a column of `needed`, or has no line."""
+    """The lines of a CSV as dicts. ValueError if it lacks a column of `needed` or has no line, OSError if it is not there."""
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a CSV of evaluate.py at {path}, found none: check the path")
     with open(path, encoding="utf-8", newline="") as f:
         lines = list(csv.DictReader(f))
     lacking = [name for name in needed if not lines or name not in lines[0]]

@@ -65,7 +65,7 @@ def read_log(path):
     """The whole lines of a log.jsonl: the last one may be in the writing."""
     if not path.is_file():
         raise FileNotFoundError(f"expected a training's log in {path}, found none: name the --out of train.py")
-    whole = [line for line in path.read_text().split("\n")[:-1] if line.startswith("{") and line.endswith("}}")]
+    whole = [line for line in path.read_text().splitlines() if line.startswith("{") and line.endswith("}}")]
     if not whole:
         raise ValueError(f"expected a logged step in {path}, got none yet: wait for the first, after --log-every steps")
     with contextlib.suppress(json.JSONDecodeError):

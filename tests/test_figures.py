@@ -83,9 +83,10 @@ def test_figures_writes_its_files_and_names_the_plots_it_lacks(tmp_path, monkeyp
     monkeypatch.setattr(figures, "tokens", lambda m: figures.token_plot(np.eye(3), {"blur": np.arange(3.0)}))
     csv = tmp_path / "quality.csv"
     csv.write_text("level,method,face,psnr,lpips\ngiven,input,a,20,0.5\ngiven,input,b,22,0.4\n")
-    assert call("figures", "--out", tmp_path / "out", "--quality", csv, "--ablation", tmp_path / "none.csv") == 0
+    monkeypatch.setattr(figures, "DATA", tmp_path / "none")
+    assert call("figures", "--out", tmp_path / "out", "--quality", csv) == 0
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"x.jpg", "fig1b-plane.svg", "sec331-token.svg"}
-    assert f"left out, there is no {tmp_path / 'none.csv'}" in capsys.readouterr().out
+    assert f"left out, there is no {tmp_path / 'none' / 'ablation.csv'}" in capsys.readouterr().out
 
 
 # --- plots
@@ -148,6 +149,11 @@ def test_a_csv_of_something_else_is_one_line(tmp_path, text, capsys):
     (tmp_path / "q.csv").write_text(text)
     assert call("figures", "--out", tmp_path / "out", "--quality", tmp_path / "q.csv") == 1
     assert re.fullmatch(r".*expected a CSV of evaluate.py with .*q.csv has no .*\n", capsys.readouterr().err)
+
+
+def test_a_csv_that_is_not_there_is_one_line(tmp_path, capsys):
+    assert call("figures", "--out", tmp_path / "out", "--ablation", tmp_path / "a.csv") == 1
+    assert re.fullmatch(r".*expected a CSV of evaluate.py at .*a.csv, found none.*\n", capsys.readouterr().err)
 
 
 # --- the page of a training
