@@ -68,11 +68,11 @@ from train import lpips_loss
 RECIPES = {
     "vae": Recipe(steps=2000, batch=32, lr=1e-3),
     "decoder": Recipe(steps=2000, batch=32, lr=1e-3),
-    "clip": Recipe(steps=1000, batch=128, lr=5e-4),
-    "dino": Recipe(steps=1000, batch=64, lr=5e-4),
-    "posterior-mean": Recipe(steps=4000, batch=32, lr=1e-3),
-    "flow": Recipe(steps=6000, batch=32, lr=6e-4),
-    "unet": Recipe(steps=6000, batch=64, lr=6e-4),
+    "clip": Recipe(steps=760, batch=128, lr=5e-4),
+    "dino": Recipe(steps=1340, batch=64, lr=5e-4),
+    "posterior-mean": Recipe(steps=1640, batch=32, lr=1e-3),
+    "flow": Recipe(steps=6700, batch=32, lr=6e-4),
+    "unet": Recipe(steps=3740, batch=64, lr=6e-4),
 }
 
 
