@@ -114,8 +114,7 @@ def make_batch(teacher, vae, data, jobs, settings, lock):
     y, records = torch.stack([y for y, _ in pairs]), [record for _, record in pairs]
     device = next(teacher.parameters()).device
     with lock, torch.inference_mode():
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings["precision"] == "bf16"):
-            x_hat = teacher.restore(y.to(device), settings["steps"], [record["seed"] for record in records])  # Eq. 4
+        x_hat = teacher.restore(y.to(device), settings["steps"], [record["seed"] for record in records])  # Eq. 4
         x = to_uint8(finite(x_hat, "the teacher's restoration")).cpu() / 255  # X†, as it is stored
         z_lq, z_target = (
             finite(encode(vae, v.to(device)).half(), "a latent").cpu() for v in (y, x)
@@ -134,20 +133,9 @@ def finite(x, what):
 
 
 def settings_for(
-    teacher,
-    vae,
-    data,
-    sources,
-    preset,
-    image_size,
-    seed,
-    steps,
-    ranges,
-    repeats,
-    batch,
-    precision="fp32",
-    min_side=None,
-):
+    teacher, vae, data, sources, preset, image_size, seed, steps, ranges, repeats, batch,
+    precision="fp32", min_side=None, device="cpu",
+):  # fmt: skip
     """All that decides what is in the cache, as a JSON dict. sources: names in data; ranges: names in degrade.RANGES."""
     settings = dict(preset=preset, image_size=image_size, seed=seed, steps=steps, sigma_s=teacher.sigma_s)
     settings |= dict(ranges=[{"name": name} | dataclasses.asdict(degrade.RANGES[name]) for name in ranges])
@@ -155,7 +143,7 @@ def settings_for(
     settings |= dict(repeats=repeats, batch=batch, shard_size=offline.shard_size(len(sources) * repeats, batch))
     settings |= offline.listing(data, sources)
     settings |= dict(teacher_sha256=weights_sha256(teacher), vae_sha256=weights_sha256(vae))
-    settings |= dict(device=next(teacher.parameters()).device.type, precision=precision, versions=offline.versions())
+    settings |= dict(device=device, precision=precision, versions=offline.versions())
     return json.loads(json.dumps(settings))
 
 
@@ -208,11 +196,10 @@ def check(folder, meta, vae):
 # --- the command ----------------------------------------------------------------------------------------------------------
 
 
-def load_networks(preset, device):
-    """(teacher, VAE, image size) of a preset, on device."""
+def load_networks(preset):
+    """(teacher, VAE, image size) of a preset, on the CPU."""
     config = load_config(preset)
-    teacher = PMRF.from_pretrained(locate(config["teacher"])).to(device).requires_grad_(False)
-    return teacher, load_vae(config).to(device), config["image_size"]
+    return PMRF.from_pretrained(locate(config["teacher"])), load_vae(config), config["image_size"]
 
 
 def work(args):
@@ -221,37 +208,12 @@ def work(args):
         return verify(args.check, device)
     (rank, world), workers = devices.processes(), offline.cores_a_process()
     sources = offline.sources_in(args.data, args.out, args.limit)
-    teacher, vae, image_size = load_networks(args.preset, device)
-    options = (
-        args.preset,
-        image_size,
-        args.seed,
-        args.steps,
-        args.ranges,
-        args.repeats,
-        args.batch,
-        args.precision,
-        args.min_side,
-    )
-    settings = settings_for(teacher, vae, args.data, sources, *options)
+    teacher, vae, image_size = load_networks(args.preset)
+    options = (args.preset, image_size, args.seed, args.steps, args.ranges, args.repeats, args.batch)
+    settings = settings_for(teacher, vae, args.data, sources, *options, args.precision, args.min_side, device.type)
+    teacher, vae = devices.prepare(teacher, device, args.precision), devices.prepare(vae, device, "fp32")
     meta, made, seconds = build(teacher, vae, args.data, sources, args.out, settings, workers, rank, world)
-    return 0 if rank else report(args.out, meta, made, seconds, workers)
-
-
-def report(out, meta, made, seconds, workers):
-    """Prints the last line, and the pictures that were left out. Returns the exit code."""
-    size = sum(shard["bytes"] for shard in meta["shards"])
-    line = f"{out}: {meta['count']} samples, {size / 1e6:.1f} MB, {size / meta['count'] / 1e3:.0f} kB each"
-    if not seconds:
-        line += ": already finished, nothing to do"
-    elif made:
-        hours = 70_000 * seconds / made / 3600
-        cost = f"{hours:.1f} GPU-hours" if meta["device"] == "cuda" else f"{hours * workers:.1f} CPU-core-hours"
-        line += f", {made / seconds:.2f} samples/s a process; 70,000 would take {cost}"
-    commands.say(line)
-    for skipped in meta["skipped"]:
-        commands.complain(f"skipped {skipped['source']}: {skipped['reason']}")
-    return commands.complain(f"{len(meta['skipped'])} of {meta['pictures']} pictures skipped") if meta["skipped"] else 0
+    return 0 if rank else offline.report(args.out, meta, made, seconds, workers)
 
 
 def verify(folder, device):

@@ -19,6 +19,7 @@ import torch
 from PIL import features
 from tqdm import tqdm
 
+from plumbing import commands
 from plumbing.files import READ, find_images, make_folder, write_bytes
 from plumbing.shards import read_records, settings_of, write_shard
 
@@ -134,3 +135,19 @@ def cores_a_process():
     """Threads for the pictures: the cores of this machine, shared by its processes of torchrun, at most eight."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def report(out, meta, made, seconds, workers):
+    """Prints the last line, and the pictures that were left out. Returns the exit code."""
+    size = sum(shard["bytes"] for shard in meta["shards"])
+    line = f"{out}: {meta['count']} samples, {size / 1e6:.1f} MB, {size / meta['count'] / 1e3:.0f} kB each"
+    if not seconds:
+        line += ": already finished, nothing to do"
+    elif made:
+        hours = 70_000 * seconds / made / 3600
+        cost = f"{hours:.1f} GPU-hours" if meta["device"] == "cuda" else f"{hours * workers:.1f} CPU-core-hours"
+        line += f", {made / seconds:.2f} samples/s a process; 70,000 would take {cost}"
+    commands.say(line)
+    for skipped in meta["skipped"]:
+        commands.complain(f"skipped {skipped['source']}: {skipped['reason']}")
+    return commands.complain(f"{len(meta['skipped'])} of {meta['pictures']} pictures skipped") if meta["skipped"] else 0

@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader
 import cache
 import degrade
 import teacher
-from plumbing import offline, pictures
+from plumbing import devices, offline, pictures
 from plumbing.presets import PRESETS
 
 SIZE = 64
@@ -230,7 +230,7 @@ def test_each_process_makes_its_share(whole, tmp_path):
     (tmp_path / "c" / "settings.json").write_bytes(settings)
     sources = offline.sources_in(whole[1], tmp_path / "c", None)
     for rank, shards in ((1, [1, 3, 5]), (0, [0, 1, 2, 3, 4, 5])):
-        pmrf, vae, _ = stand_ins()
+        pmrf, vae = (devices.prepare(network, "cpu", "fp32") for network in stand_ins()[:2])
         arguments = whole[1], sources, tmp_path / "c", json.loads(settings)
         meta, made, _ = cache.build(pmrf, vae, *arguments, rank=rank, world=2)
         assert [int(p.stem[-5:]) for p in sorted((tmp_path / "c").glob("shard*"))] == shards and made == 6
