@@ -98,25 +98,25 @@ def train_vae(args, pool, recipe, bf16):
     vae = PCAAutoencoder().to(pool.device)
     x = pool.get("hq", pool.batch(512, step=0))
     vae.set_components(*half_whitened(patches(2 * x - 1), vae.config.latent_channels))
-    fit_vae("vae", vae, args, pool, recipe, bf16)
+    fit_vae("vae", vae, args, pool, recipe, bf16, noise=0.1)
 
 
 def train_decoder(args, pool, recipe, bf16):
-    """Goes on from the autoencoder in --out and leaves its encoder as it is."""
+    """Goes on from the autoencoder in --out and leaves its encoder as it is. More noise: no seams where a UNet is unsure."""
     vae = PCAAutoencoder.from_pretrained(args.out / "base" / "vae").to(pool.device)
     vae.project.requires_grad_(False)
     vae.encoder.requires_grad_(False)
-    fit_vae("decoder", vae, args, pool, recipe, bf16)
+    fit_vae("decoder", vae, args, pool, recipe, bf16, noise=0.4)
 
 
-def fit_vae(name, vae, args, pool, recipe, bf16):
+def fit_vae(name, vae, args, pool, recipe, bf16, noise):
     """Pixel loss alone for the first third, then LPIPS with it: with LPIPS from the start such nets stay grey and blurred."""
     lpips_fn = load_lpips().to(pool.device)
 
     def loss_fn(step):
         x = pool.get("hq", pool.batch(recipe.batch, step))
         z = encode(vae, x)
-        sigma = 0.1 * torch.rand(len(z), 1, 1, 1, device=z.device)  # the latents that a UNet gives are not exact
+        sigma = noise * torch.rand(len(z), 1, 1, 1, device=z.device)  # the latents that a UNet gives are not exact
         x_hat = decode(vae, z + sigma * torch.randn_like(z))
         l1, mse = F.l1_loss(x_hat, x), F.mse_loss(x_hat, x)
         loss = l1 + 5 * mse
