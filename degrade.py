@@ -4,9 +4,8 @@
 
 The paper says "consistent with Real-ESRGAN" but describes one pass, the pipeline of blind face restoration (GFPGAN, Sec. 4.1):
 that is the default. The ranges `realesrgan` are Real-ESRGAN's own two passes. Left out there is what the paper does not name:
-sinc filters, kernels that are not Gaussian, Poisson and gray noise; and of its two last steps, JPEG comes first.
-Parameters are drawn first (`sample`) and kept with the sample, then `apply` is a pure function of picture and parameters. It
-works in float64 and rounds to 8 bit: the same parameters give the same bytes, on any number of threads, with the same libjpeg.
+sinc filters, kernels that are not Gaussian, Poisson and gray noise; and of its two last steps, JPEG comes first. `apply` is a
+function of picture and parameters alone: the same bytes on any number of threads, with the same libjpeg.
 
 Usage: params = sample(np.random.default_rng(0), "difface", size=512); y = apply(x, params)
        python degrade.py samples/clean -o samples/degraded --level medium
