@@ -116,9 +116,8 @@ def make_batch(teacher, vae, data, jobs, settings, lock):
     with lock, torch.inference_mode():
         x_hat = teacher.restore(y.to(device), settings["steps"], [record["seed"] for record in records])  # Eq. 4
         x = to_uint8(finite(x_hat, "the teacher's restoration")).cpu() / 255  # X†, as it is stored
-        z_lq, z_target = (
-            finite(encode(vae, v.to(device)).half(), "a latent").cpu() for v in (y, x)
-        )  # the space bridge
+        # the space bridge
+        z_lq, z_target = (finite(encode(vae, v.to(device)).half(), "a latent").cpu() for v in (y, x))
     y, x = ([encode_image(v, ".webp") for v in batch] for batch in (y, x))
     return dict(samples=records, skipped=skipped, y=y, x=x, z_lq=z_lq, z_target=z_target)
 
