@@ -93,7 +93,7 @@ try:
     runpy.run_path("restore.py", run_name="__main__")
 except SystemExit as e:
     assert e.code == 0
-found = {{"peft", "transformers", "accelerate", "scipy"}} & set(sys.modules)
+found = {{"peft", "transformers", "accelerate", "scipy"}} & {{name.split(".")[0] for name in sys.modules}}
 sys.exit(f"imported {{found}}" if found else 0)"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -118,6 +118,12 @@ def test_every_part_can_be_rebuilt(tmp_path, monkeypatch):
     assert pmrf.sigma_s == 0.05 and pmrf.restore(y, steps=1).shape == y.shape
     config = {**load_config("tiny"), "base": "made/base", "clip": {"name": "made/clip"}, "dino": {"name": "made/dino"}}
     assert student.Student.from_published(config)(y).shape == y.shape
+    vae = student.load_vae(config)
+    assert pretrain.main(pretrain.parse_args(["decoder", *command[len(parts) :]])) == 0
+    again = student.load_vae(config)
+    assert torch.equal(student.encode(again, y), student.encode(vae, y))  # latents made before stay good
+    z = student.encode(vae, y)
+    assert not torch.equal(student.decode(again, z), student.decode(vae, z))
 
 
 class Killed(Exception):
