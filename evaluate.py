@@ -66,6 +66,7 @@ def parse_args(argv=None):
         c.add_argument("--reference", metavar="DIR", help="what fid, kid and precision compare with (default: the originals)")
     for c, steps in ((quality, [1, 5, 25]), (report, [25]), (speed, [1, 5, 25])):
         c.add_argument("--steps", type=whole(), nargs="+", default=steps, metavar="K", help="teacher's Euler steps")
+        c.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="as restore.py's")
     quality.add_argument("--level", nargs="+", choices=LEVELS, help="of --data: drawn (default) or of fixed strength")
     report.add_argument("--level", nargs=1, choices=LEVELS, help="of --data: drawn (default) or of fixed strength")
     ablation.add_argument("--cache", required=True, metavar="DIR", help="cache to train on, from cache.py")
@@ -78,7 +79,6 @@ def parse_args(argv=None):
     speed.add_argument("--size", type=whole(), metavar="S", help="side of the picture, pixels (default: the preset's)")
     speed.add_argument("--repeats", type=whole(), default=5, help="timed runs after one to warm up (default 5)")
     speed.add_argument("--batch", type=whole(), nargs="+", default=[1], metavar="N", help="pictures at once (default 1)")
-    speed.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="as restore.py's")
     speed.add_argument("--compile", action="store_true", help="time torch.compile too (minutes)")
     speed.add_argument("--one-step", action="store_true", help="time one Euler step and multiply by K (slow machines)")
     cost.add_argument("run", nargs="+", metavar="RUN", help="folders of train.py")
@@ -164,7 +164,7 @@ def work(args):
         faces = dict(ranges=args.ranges or "difface", limit=args.limit, device=device)
         failed = ablation(args.data, args.cache, args.out, measures=measures, **training, **faces)
     else:
-        common = dict(steps=args.steps, seed=args.seed, limit=args.limit, device=device)
+        common = dict(steps=args.steps, seed=args.seed, limit=args.limit, device=device, precision=args.precision)
         checkpoints = args.checkpoint or ([] if args.restored else ["tiny"])
         if args.data:
             drawn = dict(levels=args.level or ["default"], ranges=args.ranges or "difface")

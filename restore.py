@@ -69,6 +69,7 @@ from plumbing.devices import choose_device, prepare
 from plumbing.files import make_folder
 from plumbing.landmarks import face_finder
 from plumbing.pictures import is_gray, read_picture, resize, write_result
+from plumbing.pipeline import Job, overlapped, progress, trying
 from plumbing.presets import load_config, locate
 from plumbing.targets import compare_name, plan
 from student import Student
@@ -195,75 +196,64 @@ def restore_files(args):
     color_fix = args.color_fix or ("wavelet" if args.method == "student" else "none")
     batch = 1 if device.type == "cpu" else args.batch  # the kernels for 1 and for N pictures round differently
     network = partial(restore, model, size, color_fix=color_fix, device=device)
+    work = partial(restore_batch, network=network, size=size)
     if args.photo:
-        find = face_finder(args.landmarks)
         in_place = partial(restore_photo, restore=network, size=size, upscale=args.upscale or 1, batch=batch)
-        failed += sum(restore_faces(*pair, find, in_place, args.metadata, args.compare) for pair in pairs)
-    else:
-        for start in range(0, len(pairs), batch):
-            some = read_batch(pairs[start : start + batch], args.metadata)
-            failed += min(batch, len(pairs) - start) - restore_batch(some, network, size, args.compare)
+        work, batch = partial(restore_faces, find=face_finder(args.landmarks), in_place=in_place), 1
+    batches = ([Job(*pair) for pair in pairs[start : start + batch]] for start in range(0, len(pairs), batch))
+    read, write = partial(read_batch, metadata=args.metadata), partial(write_batch, compare=args.compare)
+    for some in progress(overlapped(batches, read, work, write), len(pairs)):
+        for job in some:
+            if not job.error:
+                commands.say(job.line)
+        for error in dict.fromkeys(job.error for job in some if job.error):  # once for a batch that failed as one
+            commands.complain(error)
+        failed += sum(job.error is not None for job in some)
     return 1 if failed else 0
 
 
-def read_batch(pairs, metadata):
-    """(path, target, Picture) of each of the (path, target) pairs that can be read; the others are named on stderr."""
-    readable = []
-    for path, target in pairs:
-        try:
-            readable.append((path, target, read_picture(path, metadata)))
-        except (ValueError, OSError) as e:
-            commands.complain(e)
-    return readable
+def read_batch(jobs, metadata):
+    for job in jobs:
+        with trying([job]):
+            job.picture = read_picture(job.path, metadata)
 
 
-def restore_batch(batch, network, size, compare):
-    """Restores and writes a batch of (path, target, Picture); names what fails on stderr, and returns how many are done."""
-    begin, done = time.perf_counter(), 0
-    try:
-        with commands.enough_memory(", ".join(str(path) for path, *_ in batch), "use smaller pictures or --batch 1"):
-            x_hats = network([picture.x for *_, picture in batch]) if batch else []
-    except ValueError as e:
-        commands.complain(e)
-        return 0
-    ms = (time.perf_counter() - begin) * 1000 / max(1, len(batch))
-    for (path, target, picture), x_hat in zip(batch, x_hats, strict=True):
-        try:
-            write(picture, x_hat, target, compare)
-        except (ValueError, OSError) as e:
-            commands.complain(e)
-            continue
-        (H, W), (h, w) = picture.x.shape[1:], x_hat.shape[1:]
-        hint = f"; {size} px of detail, enlarged to {w} x {h}" if max(H, W) > size else ""
-        hint += "" if is_aligned(picture.x) else "; no aligned crop, it seems: --photo restores the faces in a photo"
-        commands.say(f"{path} {W}x{H} -> {target} {w}x{h}, {ms:.0f} ms{hint}")
-        done += 1
-    return done
+def restore_batch(jobs, network, size):
+    """Restores the pictures of a batch in one pass, aligned faces of any shape."""
+    jobs, begin = [job for job in jobs if not job.error], time.perf_counter()
+    with trying(jobs, "use smaller pictures or --batch 1"):
+        x_hats = network([job.picture.x for job in jobs]) if jobs else []
+        ms = (time.perf_counter() - begin) * 1000 / max(1, len(jobs))
+        for job, x_hat in zip(jobs, x_hats, strict=True):
+            (H, W), (h, w), job.x_hat = job.picture.x.shape[1:], x_hat.shape[1:], x_hat
+            hint = f"; {size} px of detail, enlarged to {w} x {h}" if max(H, W) > size else ""
+            aligned = is_aligned(job.picture.x)
+            hint += "" if aligned else "; no aligned crop, it seems: --photo restores the faces in a photo"
+            job.line = f"{job.path} {W}x{H} -> {job.target} {w}x{h}, {ms:.0f} ms{hint}"
 
 
-def restore_faces(path, target, find, in_place, metadata, compare):
-    """Restores a photo's faces, which `find` finds, `in_place`. Returns 1 if that failed; a photo without a face is copied."""
-    begin = time.perf_counter()
-    try:
-        with commands.enough_memory(path, "make it smaller, or leave out --upscale"):
-            picture = read_picture(path, metadata)
-            squares = [square(points) for points, _ in faces_of(path, picture.x, find, TOO_SMALL)]
-            x_hat = in_place(picture.x, squares)
-            write(picture, x_hat, target, compare)
-    except (ValueError, OSError) as e:
-        return commands.complain(e)
-    if not squares:
-        return commands.complain(f"expected a face to restore, found none in {path}: {target} is a copy")
-    commands.say(f"{path} -> {target}, faces: {len(squares)}, {time.perf_counter() - begin:.1f} s")
-    return 0
+def restore_faces(jobs, find, in_place):
+    """Restores the faces of a photo, which `find` finds, `in_place`. A photo without a face is copied, and an error."""
+    for job in (job for job in jobs if not job.error):
+        begin = time.perf_counter()
+        with trying(jobs, "make it smaller, or leave out --upscale"):
+            squares = [square(points) for points, _ in faces_of(job.path, job.picture.x, find, TOO_SMALL)]
+            job.x_hat = in_place(job.picture.x, squares)
+            seconds = time.perf_counter() - begin
+            job.line = f"{job.path} -> {job.target}, faces: {len(squares)}, {seconds:.1f} s"
+            if not squares:
+                raise ValueError(f"expected a face to restore, found none in {job.path}: {job.target} is a copy")
 
 
-def write(picture, x_hat, target, compare):
-    """Writes the result, and input | result side by side where wanted; OSError if that is not possible."""
-    make_folder(target.parent)
-    write_result(target, x_hat, like=picture)
-    if compare:
-        write_result(compare_name(target), torch.cat([resize(picture.x, x_hat.shape[1:]), x_hat], dim=2))
+def write_batch(jobs, compare):
+    """Writes each result, and input | result side by side where wanted."""
+    for job in (job for job in jobs if job.x_hat is not None):
+        with trying([job]):
+            make_folder(job.target.parent)
+            write_result(job.target, job.x_hat, like=job.picture)
+            if compare:
+                both = torch.cat([resize(job.picture.x, job.x_hat.shape[1:]), job.x_hat], dim=2)
+                write_result(compare_name(job.target), both)
 
 
 def main(args):

@@ -28,14 +28,14 @@ CEILING = "teacher through the VAE"  # the best that a student of this latent sp
 # --- the rows of a table: {name: function of a face -> x_hat (3, H, W)} -----------------------------------------------
 
 
-def load_models(checkpoints, device):
+def load_models(checkpoints, device, precision):
     """The students by name and the teacher of the first one. ValueError if they do not all work at one picture size."""
-    students = {str(name): prepare(Student.load(name, merge=True), device) for name in checkpoints}
+    students = {str(name): prepare(Student.load(name, merge=True), device, precision) for name in checkpoints}
     sizes = {name: student.image_size for name, student in students.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"expected checkpoints of one picture size, got {sizes}: evaluate them one by one")
     config = next(iter(students.values())).config
-    return students, prepare(PMRF.from_pretrained(locate(config["teacher"])), device)
+    return students, prepare(PMRF.from_pretrained(locate(config["teacher"])), device, precision)
 
 
 def methods(students, teacher, steps, device):
@@ -67,10 +67,10 @@ def read_rows(folders):
 # --- what is compared on what: rows, [(level, title, number of faces, faces), ...], number of pictures left out ----------
 
 
-def clean_faces(data, checkpoints, *, steps, levels, ranges, seed, limit, device):
+def clean_faces(data, checkpoints, *, steps, levels, ranges, seed, limit, device, precision):
     """Clean faces of a folder, brought to the models' size and degraded here, once for each of levels."""
     found, failed = find_faces(data, limit)
-    students, teacher = load_models(checkpoints, device)
+    students, teacher = load_models(checkpoints, device, precision)
     size, tables = next(iter(students.values())).image_size, []
     for level in levels:
         drawn = f"drawn from {ranges}" if level == "default" else f"level {level}"
@@ -79,13 +79,13 @@ def clean_faces(data, checkpoints, *, steps, levels, ranges, seed, limit, device
     return methods(students, teacher, steps, device), tables, failed
 
 
-def given_faces(lq, hq, restored, checkpoints, *, steps, seed, limit, device):
+def given_faces(lq, hq, restored, checkpoints, *, steps, seed, limit, device, precision):
     """Given pictures: `lq` degraded, `hq` their originals or None, `restored` folders of another program's results.
 
     Without checkpoints there is no teacher and no student.
     """
     pairs, failed = find_pairs(lq, hq, restored, limit)
-    models = load_models(checkpoints, device) if checkpoints else None
+    models = load_models(checkpoints, device, precision) if checkpoints else None
     rows = (methods(*models, steps, device) if models else {"input": lambda face: face.y}) | read_rows(restored)
     title = f"{lq}, {len(pairs)} pictures" + f", originals in {hq}" * bool(hq) + f", seed {seed}" * bool(models)
     return rows, [("given", title, len(pairs), given(pairs, lq, hq, seed))], failed

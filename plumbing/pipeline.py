@@ -1,0 +1,83 @@
+"""Reading and writing beside the network: while one picture is restored, the next is read and the last one is written.
+
+A Job goes through three steps, read(jobs), work(jobs) and write(jobs), and each fills in its fields. What fails in a step is
+kept with the job, and the later steps pass it over. Jobs come in small lists, the batches of the network.
+
+Usage: for jobs in progress(overlapped(batches, read, work, write), pictures): say(jobs[0].line)
+"""
+
+import contextlib
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from plumbing.commands import enough_memory
+from plumbing.pictures import Picture
+
+
+@dataclasses.dataclass
+class Job:
+    """A picture on its way from file to file."""
+
+    path: Path
+    target: Path
+    picture: Picture | None = None
+    x_hat: torch.Tensor | None = None  # (3, h, w) in [0, 1]
+    line: str = ""  # what is said of it
+    error: Exception | None = None
+
+
+@contextlib.contextmanager
+def trying(jobs, remedy="make it smaller"):
+    """What a user can cause inside becomes the error of these jobs; remedy: what to do about too little memory."""
+    try:
+        with enough_memory(", ".join(str(job.path) for job in jobs), remedy):
+            yield
+    except (ValueError, OSError) as e:
+        for job in jobs:
+            job.error = e
+
+
+def overlapped(batches, read, work, write):
+    """Yields each list of jobs after its three steps, in order. Reads one list ahead and writes one behind, in two threads.
+
+    work runs in the caller's thread. Three lists are in memory at a time, however many there are. When the caller is
+    interrupted, the file in the writing is finished.
+    """
+
+    def worked(batches):
+        for jobs in batches:
+            work(jobs)
+            yield jobs
+
+    return beside(write, worked(beside(read, batches)))
+
+
+def beside(step, batches):
+    """Yields each list of jobs after step(jobs), which runs in a thread while the caller has the list before."""
+    with ThreadPoolExecutor(1) as thread:
+        before = None
+        for jobs in batches:
+            following = thread.submit(step, jobs), jobs
+            if before:
+                yield done(*before)
+            before = following
+        if before:
+            yield done(*before)
+
+
+def done(future, jobs):
+    future.result()  # raises what a fault in the code raised
+    return jobs
+
+
+def progress(batches, total):
+    """The lists of jobs as they come; of several pictures a terminal shows how many a second, and the time left."""
+    with tqdm(total=total, unit=" pictures", disable=None if total > 1 else True) as bar:
+        for jobs in batches:
+            with tqdm.external_write_mode():  # the caller's lines go above the bar
+                yield jobs
+            bar.update(len(jobs))

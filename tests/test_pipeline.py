@@ -1,0 +1,71 @@
+"""Reading and writing beside the network: order, concurrency, memory, faults."""
+
+import threading
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+from plumbing.pipeline import Job, overlapped, trying
+
+
+def nothing(jobs):
+    pass
+
+
+def test_the_next_is_read_and_the_last_is_written_while_one_is_worked_on():
+    read, written = [threading.Event() for _ in range(3)], [threading.Event() for _ in range(3)]
+
+    def work(jobs):
+        k = jobs[0]
+        assert k == 2 or read[k + 1].wait(20)  # one step after the other would wait in vain
+        assert k == 0 or written[k - 1].wait(20)
+
+    done = overlapped([[0], [1], [2]], lambda jobs: read[jobs[0]].set(), work, lambda jobs: written[jobs[0]].set())
+    assert list(done) == [[0], [1], [2]]
+
+
+def test_steps_come_in_order_and_each_once():
+    steps = [[] for _ in range(3)]
+    for jobs in overlapped(([k, -k] for k in range(9)), *(seen.append for seen in steps)):
+        assert all(jobs in seen for seen in steps)
+    assert steps == [[[k, -k] for k in range(9)]] * 3
+    assert list(overlapped([], nothing, nothing, nothing)) == []
+
+
+def test_memory_does_not_grow_with_the_number_of_pictures():
+    alive, most = weakref.WeakSet(), 0
+
+    class Batch(list):
+        __hash__ = object.__hash__
+
+    def batches():
+        for k in range(50):
+            batch = Batch([torch.zeros(k)])
+            alive.add(batch)
+            yield batch
+
+    for _ in overlapped(batches(), nothing, nothing, nothing):
+        most = max(most, len(alive))
+    assert most <= 4
+
+
+@pytest.mark.parametrize("step", range(3))
+def test_a_fault_of_the_code_comes_through(step):
+    steps = [nothing] * 3
+    steps[step] = lambda jobs: 1 / jobs[0]
+    with pytest.raises(ZeroDivisionError):
+        list(overlapped([[1], [0], [2]], *steps))
+
+
+def test_what_a_user_can_cause_stays_with_the_jobs():
+    jobs = [Job(Path("a.png"), Path("b.png")), Job(Path("c.png"), Path("d.png"))]
+    with trying(jobs[:1]):
+        raise OSError("expected a disk with room")
+    assert "room" in str(jobs[0].error) and jobs[1].error is None
+    with trying(jobs, "use a smaller batch"):
+        raise MemoryError
+    assert all(str(job.error).endswith("for a.png, c.png, got too little: use a smaller batch") for job in jobs)
+    with pytest.raises(RuntimeError), trying(jobs):
+        raise RuntimeError("a fault of the code")
