@@ -128,7 +128,7 @@ class Student(nn.Module):
         student = cls(config, vae, unet, load_vit(config["clip"]), load_vit(config["dino"]), alphas_bar)
         if name := config[
             "lcm_lora"
-        ]:  # merged now that the spatial encoder has copied the plain UNet, ControlNet's recipe
+        ]:  # merged after the spatial encoder has copied the plain UNet (ControlNet's recipe)
             with loading("LCM-LoRA", name, "pytorch_lora_weights.safetensors, 135 MB"):
                 merge_lora(unet, load_lora(name, "pytorch_lora_weights.safetensors", unet))
         return student

@@ -72,9 +72,7 @@ def ablation(data, cache, out, *, steps, seeds, batch, precision, ranges, limit,
                 name: student_row(student, fix, device)
                 for name, fix in (fixes.items() if row == "full" else [(row, "wavelet")])
             }
-            faces = degraded(
-                found, student.image_size, "default", ranges, seed=0
-            )  # the same, whatever the training seed
+            faces = degraded(found, student.image_size, "default", ranges, seed=0)  # whatever the training seed
             done, of_set = measures(methods, faces, out)
             for name, value in of_set.items():
                 sets.setdefault(name, []).append(value)

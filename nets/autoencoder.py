@@ -57,9 +57,8 @@ class PCAAutoencoder(ModelMixin, ConfigMixin):
             nn.Conv2d(w32, 4 * w64, 1), nn.PixelShuffle(2), *[ResBlock(w64) for _ in range(d64)],
             nn.SiLU(), nn.Conv2d(w64, 4 * 12, 3, padding=1), nn.PixelShuffle(2),
         )  # fmt: skip
-        self.blend = nn.Conv2d(
-            12 + 3, 16, 3, padding=1
-        )  # sees the linear picture too: it can smooth the seams of the 8 x 8 patches
+        # sees the linear picture too: it can smooth the seams of the 8 x 8 patches
+        self.blend = nn.Conv2d(12 + 3, 16, 3, padding=1)
         self.to_rgb = zero(nn.Conv2d(16, 3, 3, padding=1))
 
     def encode(self, x):

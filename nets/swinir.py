@@ -140,9 +140,8 @@ class SwinIR(nn.Module):
         h, w = (-(-n // WINDOW) for n in y.shape[-2:])
         if y.ndim != 4 or y.shape[1] != 3 or h % WINDOW or w % WINDOW or not h * w:
             raise ValueError(f"expected (B, 3, H, W), sides in (64 n - 8, 64 n], got {tuple(y.shape)}: resize first")
-        mean = torch.stack(
-            [y.new_full((1, 1), m) for m in (0.4488, 0.4371, 0.4040)]
-        )  # made there: no GPU is waited for
+        # made on the device: no GPU is waited for
+        mean = torch.stack([y.new_full((1, 1), m) for m in (0.4488, 0.4371, 0.4040)])
         y = F.pad(y, (0, 8 * w - y.shape[3], 0, 8 * h - y.shape[2]), mode="reflect") - mean
         shallow = self.conv_first(y.to(self.conv_first[1].weight.dtype))  # (B, C, h, w)
         x, mask = self.patch_embed["norm"](shallow.permute(0, 2, 3, 1)), shifted_window_mask(h, w, y.device)

@@ -12,8 +12,65 @@ import torch
 torch.set_num_threads(int(os.environ.get("TEST_THREADS", 2)))
 
 import json
+import multiprocessing
+import runpy
+import socket
+import threading
+from multiprocessing import forkserver
 
 import pytest
+from tqdm import tqdm
+
+from plumbing import commands
+
+FORKS = multiprocessing.get_context("forkserver")  # its processes begin with the imports done, which take seconds
+FORKS.set_forkserver_preload(["train", "restore", "peft"])
+
+
+def pytest_collection_finish(session):
+    if any({"forks", "start_script"} & set(item.fixturenames) for item in session.items):
+        forkserver.ensure_running()  # now, so that it imports beside the first tests
+
+
+@pytest.fixture
+def forks():
+    """multiprocessing's context of such processes, for functions of a test's file."""
+    return FORKS
+
+
+@pytest.fixture
+def start_script():
+    """start(script, *arguments, err=, **environment): a process that runs it as the command line does; err: what it says."""
+
+    def start(*argv, err, **environment):
+        process = FORKS.Process(target=run_script, args=(list(map(str, argv)), err), kwargs=environment)
+        process.start()
+        return process
+
+    return start
+
+
+def run_script(argv, err, **environment):
+    begin_process(err, environment)
+    commands.SCRIPT, sys.argv = argv[0], argv
+    runpy.run_path(str(Path(__file__).resolve().parent.parent / argv[0]), run_name="__main__")
+
+
+def begin_process(err, environment):
+    """One CPU thread, no GPU, these variables, and what it says in a file."""
+    for stream in (1, 2):
+        os.dup2(os.open(err, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
+    os.environ.update({"CUDA_VISIBLE_DEVICES": ""} | environment)
+    torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is shared by processes, and outlives one that is killed
+
+
+def torchruns_variables(world):
+    """What torchrun tells each of its processes: a list of environments."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        common = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": str(world)}
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
 
 
 def pytest_addoption(parser):
@@ -50,12 +107,8 @@ def small_config(tmp_path_factory):
         arch, size = "vit_tiny_patch16_224", {"img_size": 48, "embed_dim": 96, "depth": 1, "num_heads": 2}
         vit = timm.create_model(arch, num_classes=0, **size)
         (root / name).mkdir()
-        mean_std = {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28]}
-        cfg = {
-            "input_size": [3, 48, 48],
-            "num_classes": 0,
-            **mean_std,
-        }  # no pictures' size, no [-1, 1]: both would hide faults
+        mean_std = {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28]}  # [-1, 1] would hide faults
+        cfg = {"input_size": [3, 48, 48], "num_classes": 0, **mean_std}
         text = json.dumps({"architecture": arch, "num_classes": 0, "model_args": size, "pretrained_cfg": cfg})
         (root / name / "config.json").write_text(text)
         save_file(vit.state_dict(), root / name / "model.safetensors")

@@ -11,20 +11,16 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-if __name__ == "__main__":  # as a command of its own, see run_with_stand_ins
+if __name__ == "__main__":  # by hand, see above
     sys.path.insert(0, str(ROOT))
     os.environ["HF_HUB_OFFLINE"] = "1"
-    student, published = (
-        types.ModuleType("student"),
-        types.ModuleType("plumbing.published"),
-    )  # which take seconds to import
+    student, published = map(types.ModuleType, ("student", "plumbing.published"))  # they take seconds to import
     student.encode = lambda vae, x: vae.config.scaling_factor * vae.encode(2 * x - 1).latent_dist.mode()
     student.decode = published.load_vae = None
     sys.modules |= {"student": student, "plumbing.published": published}
@@ -32,6 +28,7 @@ if __name__ == "__main__":  # as a command of its own, see run_with_stand_ins
 import numpy as np
 import pytest
 import torch
+from conftest import begin_process, torchruns_variables
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
@@ -39,7 +36,7 @@ from torch.utils.data import DataLoader
 import cache
 import degrade
 import teacher
-from plumbing import devices, offline, pictures
+from plumbing import commands, devices, offline, pictures
 from plumbing.presets import PRESETS
 
 SIZE = 64
@@ -203,20 +200,28 @@ def test_threads_do_not_show(whole, tmp_path, threads, workers, monkeypatch):
     assert contents(tmp_path / "c") == contents(whole[0])
 
 
-def run_with_stand_ins(*arguments, runner=()):
-    """This file as a command: cache.py with the stand-ins, in processes of its own."""
-    return subprocess.run([sys.executable, *runner, __file__, *map(str, arguments)], capture_output=True, text=True)
+def run_in_a_process(arguments, err, environment):
+    begin_process(err, environment)
+    cache.load_networks, commands.SCRIPT = stand_ins, "cache.py"
+    sys.exit(cache.work(cache.parse_args(arguments)))
 
 
-def test_two_processes_of_torchrun_make_the_cache_of_one(tmp_path):
+def test_two_processes_of_torchrun_make_the_cache_of_one(tmp_path, forks):
     data = fill(tmp_path / "data", 8)
     for name in ("3.png", "deeper/5.png", "4.jpg"):  # 3.png and 4.jpg are a whole shard
         (data / name).write_bytes(b"broken")
     assert run(data, tmp_path / "one") == 1
-    runner = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    done = run_with_stand_ins("run", *command(data, tmp_path / "two"), runner=runner)
-    assert done.returncode == 1 and done.stdout.count(": 5 samples, ") == 1, done.stderr
-    assert "cache.py: skipped 3.png" in done.stderr and "3 of 8 pictures skipped" in done.stderr
+    errs, processes = [tmp_path / "err_0", tmp_path / "err_1"], []
+    for err, own in zip(errs, torchruns_variables(2), strict=True):
+        arguments = command(data, tmp_path / "two")
+        processes.append(forks.Process(target=run_in_a_process, args=(arguments, err, own)))
+        processes[-1].start()
+    for process, err in zip(processes, errs, strict=True):
+        process.join(240)
+        assert process.exitcode == (process is processes[0]), err.read_text()  # 1, which torchrun then hands on, and 0
+    said = "".join(err.read_text() for err in errs)
+    assert said.count(": 5 samples, ") == said.count("3 of 8 pictures skipped") == 1
+    assert "cache.py: skipped 3.png" in said
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     dataset = cache.CacheDataset(tmp_path / "one")
     assert [shard["count"] for shard in dataset.meta["shards"]] == [2, 0, 2, 1]
@@ -276,9 +281,28 @@ def alive(child):
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_bytes(whole, tmp_path):
-    done = run_with_stand_ins("kill", whole[1], tmp_path / "c", whole[0], 4)
-    assert done.returncode == 0, done.stdout + done.stderr
+def kill_in_a_process(err, *arguments):
+    begin_process(err, {})
+    cache.load_networks = stand_ins
+    sys.exit(kill_and_tell(*arguments))
+
+
+def kill_and_tell(data, out, whole, kills):
+    """The loop, a line a run; 1 if something half-written was ever found, or the end is not the unbroken run's."""
+    faults = 0
+    for attempt, status, seconds, files, leftover, wrong in kill_loop(data, out, whole, kills):
+        print(f"{attempt}: exit {status}, {seconds:.2f} s, {len(files)} files, {leftover} unfinished, wrong: {wrong}")
+        last = attempt == kills + 1
+        faults += len(wrong) + (last and (status != 0 or leftover > 0 or len(files) != len(contents(whole))))
+    return 1 if faults else 0
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(whole, tmp_path, forks):
+    arguments = tmp_path / "said", whole[1], tmp_path / "c", whole[0], 4
+    process = forks.Process(target=kill_in_a_process, args=arguments)
+    process.start()
+    process.join(240)
+    assert process.exitcode == 0, (tmp_path / "said").read_text()
     assert contents(tmp_path / "c") == contents(whole[0])
 
 
@@ -563,8 +587,8 @@ def test_check_command(whole, tmp_path, monkeypatch, capsys):
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_two_workers_read_what_one_process_reads(whole, context):
+@pytest.mark.parametrize("context", ["fork", "forkserver"])
+def test_two_workers_read_what_one_process_reads(whole, context, forks):
     dataset = cache.CacheDataset(whole[0])
     alone = [dataset[i] for i in range(12)]  # the files are open when the workers start
     loader = DataLoader(dataset, batch_size=5, num_workers=2, multiprocessing_context=context)
@@ -615,16 +639,5 @@ def test_tiny_preset_end_to_end(tmp_path, capsys):
 
 if __name__ == "__main__":
     cache.load_networks = stand_ins
-    what, *arguments = sys.argv[1:]
-    if what == "run":
-        sys.exit(cache.work(cache.parse_args(arguments)))
-    if what == "kill":
-        data, out, expected, kills = Path(arguments[0]), Path(arguments[1]), Path(arguments[2]), int(arguments[3])
-        faults = 0
-        for attempt, status, seconds, files, leftover, wrong in kill_loop(data, out, expected, kills):
-            print(
-                f"{attempt}: exit {status}, {seconds:.2f} s, {len(files)} files, {leftover} unfinished, wrong: {wrong}"
-            )
-            last = attempt == kills + 1
-            faults += len(wrong) + (last and (status != 0 or leftover > 0 or len(files) != len(contents(expected))))
-        sys.exit(1 if faults else 0)
+    _, _, data, out, finished, kills = sys.argv
+    sys.exit(kill_and_tell(Path(data), Path(out), Path(finished), int(kills)))

@@ -258,9 +258,8 @@ def test_two_passes_are_one_after_the_other():
     second = degrade.Params(1, 1.0, 1.0, 0.0, 3.0, noise=0.0, noise_seed=2, jpeg=70, before=first)
     *_, y = degrade.one_pass(picture().numpy().astype(np.float64) * 255, first, (24, 20))
     assert y.shape == (3, 16, 13)
-    y = pillow_jpeg(
-        np.round(np.round(opencv_bilinear(y, (8, 6)), 9)).astype(np.uint8), 70
-    )  # a kernel of 1 px blurs nothing
+    # a kernel of 1 px blurs nothing
+    y = pillow_jpeg(np.round(np.round(opencv_bilinear(y, (8, 6)), 9)).astype(np.uint8), 70)
     y = np.round(np.round(opencv_bilinear(y.astype(np.float64), (24, 20)), 9))
     assert np.array_equal(to_uint8(degrade.apply(picture(), second)).numpy(), y)
 

@@ -31,9 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STUDENTS = {}
 CLEAN = ROOT / "samples" / "clean"
 SIZE = presets.PRESETS["tiny"]["image_size"]
-GOLDEN = np.load(
-    Path(__file__).parent / "golden" / "evaluate_metrics.npz"
-)  # pairs of uint8 pictures, scikit-image's values
+GOLDEN = np.load(Path(__file__).parent / "golden" / "evaluate_metrics.npz")  # pairs, and scikit-image's values
 
 
 def pair(i):
@@ -303,9 +301,8 @@ def test_a_broken_face_is_named_left_out_and_changes_no_other(tmp_path, capsys):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["quality.csv", "quality.md"]
     with open(tmp_path / "out" / "quality.csv") as f:
         line = [x for x in csv.DictReader(f) if x["face"] == "c/c.png"][0]
-    x = pictures.square(
-        pictures.read_image(CLEAN / "hopper.png"), SIZE
-    )  # the third face, whatever became of the second
+    # the third face, whatever became of the second
+    x = pictures.square(pictures.read_image(CLEAN / "hopper.png"), SIZE)
     y = degrade.apply(x, degrade.sample(np.random.default_rng((0, 2, degrade.EVALUATION)), "difface", SIZE))
     assert float(line["psnr"]) == pytest.approx(metrics.psnr(y[None], x[None]).item(), abs=1e-4)
 
@@ -513,9 +510,7 @@ def test_ablation_measures_every_row_and_seed(tmp_path, trained, monkeypatch):
 
     monkeypatch.setattr(Student, "load", lambda folder, merge: Student32())
     rows = {"full": ([], 1, 1), "w/o SGCL": (["--lambda-sgcl", "0"], 1, 1), "Stage A only": ([], 2, 0)}
-    rows |= {
-        f"entry: {presets.load_config('tiny')['entry']}": (["--entry", "x"], 1, 1)
-    }  # the full model's: no row of its own
+    rows |= {f"entry: {presets.load_config('tiny')['entry']}": (["--entry", "x"], 1, 1)}  # the full model's: no row
     monkeypatch.setattr(ablation, "ABLATION", rows)
     run("ablation", "--cache", tmp_path / "cache", "--data", CLEAN, "--limit", 1, "--steps", 5, "--seeds", 0, 1,
         "--precision", "bf16", "--out", tmp_path / "out")  # fmt: skip

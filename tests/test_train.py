@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import torchruns_variables
 from safetensors.torch import load_file
 
 import cache
@@ -438,30 +439,18 @@ def test_bf16_keeps_weights_losses_ema_and_latents_in_float32(small_cache, tmp_p
     assert 0.95 < torch.cosine_similarity(a, b, dim=0) and 0 < (a - b).norm() / a.norm() < 0.3
 
 
-def command(*argv, **env):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | env
-    return subprocess.Popen(
-        [sys.executable, *map(str, argv)],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def test_a_killed_run_goes_on_to_the_same_bits(small_cache, tmp_path):
+def test_a_killed_run_goes_on_to_the_same_bits(small_cache, tmp_path, start_script):
     """kill -9 in the middle, then the same command: weights, EMA and moments equal those of an unbroken run."""
     torch.set_num_threads(1)
     try:
         more = ("--steps", "10", "--save-every", "2", "--lambda-lpips", "0", "--sgcl-every", "2")
         run_here(*arguments(small_cache, tmp_path / "whole", *more))
         killed = tmp_path / "killed"
-        process = command("train.py", *arguments(small_cache, killed, *more))
-        while process.poll() is None and len(steps_in(killed)) < 1:
+        process = start_script("train.py", *arguments(small_cache, killed, *more), err=tmp_path / "err")
+        while process.is_alive() and len(steps_in(killed)) < 1:
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         assert steps_in(killed) and steps_in(killed)[-1].name < "step-000010"
         with open(killed / "log.jsonl", "a") as f:  # steps after the last checkpoint, the last line cut
             f.write('{"step": 9, "weighted": {}}\n{"step": 10, "we')
@@ -473,25 +462,27 @@ def test_a_killed_run_goes_on_to_the_same_bits(small_cache, tmp_path):
     assert log(tmp_path / "whole") == log(killed)
 
 
-def test_two_processes_make_the_steps_of_one(small_cache, tmp_path):
+def test_two_processes_make_the_steps_of_one(small_cache, tmp_path, start_script):
     """At the paper's rate: AdamW turns rounding in a gradient of nothing into a whole step, so a high rate would show it.
 
     L1's gradient has a jump where a pixel is right: with seed 0 rounding takes one pixel over it, with seed 1 none.
     """
     more = ("--steps", "4", "--sgcl-every", "1", "--lr", "2e-5", "--seed", "1")
+    two, errs = tmp_path / "two", [tmp_path / "err_0", tmp_path / "err_1"]
+    processes = [
+        start_script("train.py", *arguments(small_cache, two, *more), err=err, **own)
+        for err, own in zip(errs, torchruns_variables(2), strict=True)
+    ]
     run_here(*arguments(small_cache, tmp_path / "one", *more))
-    process = command(
-        "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train.py",
-        *arguments(small_cache, tmp_path / "two", *more),
-    )  # fmt: skip
-    _, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
-    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for process, err in zip(processes, errs, strict=True):
+        process.join(240)
+        assert process.exitcode == 0, err.read_text()
+        assert "broadcast_buffers" not in err.read_text()
+    a, b = weights(tmp_path / "one"), weights(two)
     assert gap(a, b, "weight") < 1e-5 and gap(a, b, "exp_avg") < 1e-6
-    one, two = log(tmp_path / "one"), log(tmp_path / "two")  # of the whole batch, however many processes share it
+    one, two = log(tmp_path / "one"), log(two)  # of the whole batch, however many processes share it
     assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-5)
     assert [line["raw"] for line in two] == [pytest.approx(line["raw"], rel=1e-4) for line in one]
-    assert "broadcast_buffers" not in err
 
 
 def test_bad_input_is_one_line(small_cache, stage_a, tmp_path, capsys):
@@ -622,14 +613,15 @@ def test_ctrl_c_inside_a_library_is_no_fault(small_cache, tmp_path, monkeypatch,
     assert "library" not in capsys.readouterr().err
 
 
-def test_ctrl_c_is_one_line_and_leaves_no_half_checkpoint(small_cache, tmp_path):
-    out = tmp_path / "x"
-    process = command("train.py", *arguments(small_cache, out, "--steps", "5000", "--save-every", "1"))
-    while process.poll() is None and len(steps_in(out)) < 2:
+def test_ctrl_c_is_one_line_and_leaves_no_half_checkpoint(small_cache, tmp_path, start_script):
+    out, more = tmp_path / "x", ("--steps", "5000", "--save-every", "1")
+    process = start_script("train.py", *arguments(small_cache, out, *more), err=tmp_path / "err")
+    while process.is_alive() and len(steps_in(out)) < 2:
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in err
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    err = (tmp_path / "err").read_text()
+    assert process.exitcode == 130 and "Traceback" not in err
     assert [line for line in err.splitlines() if line.startswith("train.py")] == [
         "train.py: interrupted; the same command goes on from the last checkpoint"
     ]
@@ -646,7 +638,6 @@ def test_a_log_that_cannot_be_written_is_one_line(small_cache, tmp_path, capsys)
 
 def test_help_answers_at_once():
     start = time.perf_counter()
-    process = command("train.py", "-h")
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "--stage" in out
+    done = subprocess.run([sys.executable, ROOT / "train.py", "-h"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--stage" in done.stdout
     assert time.perf_counter() - start < 3  # a second on a quiet machine
