@@ -205,7 +205,7 @@ def work(args):
     device = devices.choose_device(args.device)
     if args.check is not None:
         return verify(args.check, device)
-    (rank, world), workers = devices.processes(), offline.cores_a_process()
+    (rank, world), workers = devices.processes(), devices.cores_a_process()
     sources = offline.sources_in(args.data, args.out, args.limit)
     teacher, vae, image_size = load_networks(args.preset)
     options = (args.preset, image_size, args.seed, args.steps, args.ranges, args.repeats, args.batch)

@@ -65,7 +65,7 @@ import torch
 import torch.nn.functional as F
 
 from align import TOO_SMALL, faces_of, is_aligned, restore_photo, square
-from plumbing.devices import choose_device, prepare
+from plumbing.devices import choose_device, prepare, workers_for
 from plumbing.files import make_folder
 from plumbing.landmarks import face_finder
 from plumbing.pictures import is_gray, read_picture, resize, write_result
@@ -196,13 +196,13 @@ def restore_files(args):
     color_fix = args.color_fix or ("wavelet" if args.method == "student" else "none")
     batch = 1 if device.type == "cpu" else args.batch  # the kernels for 1 and for N pictures round differently
     network = partial(restore, model, size, color_fix=color_fix, device=device)
-    work = partial(restore_batch, network=network, size=size)
+    work, workers = partial(restore_batch, network=network, size=size), workers_for(model, device)
     if args.photo:
         in_place = partial(restore_photo, restore=network, size=size, upscale=args.upscale or 1, batch=batch)
-        work, batch = partial(restore_faces, find=face_finder(args.landmarks), in_place=in_place), 1
+        work, workers, batch = partial(restore_faces, find=face_finder(args.landmarks), in_place=in_place), None, 1
     batches = ([Job(*pair) for pair in pairs[start : start + batch]] for start in range(0, len(pairs), batch))
     read, write = partial(read_batch, metadata=args.metadata), partial(write_batch, compare=args.compare)
-    for some in progress(overlapped(batches, read, work, write), len(pairs)):
+    for some in progress(overlapped(batches, read, work, write, workers), len(pairs)):
         for job in some:
             if not job.error:
                 commands.say(job.line)

@@ -98,13 +98,13 @@ def pipeline(student, y, steps=(1, 4)):
 
 def peaks(device, dtype):
     """TFLOP/s of this machine in dtype: a large matrix product, and a 3 x 3 convolution of 256 channels at the VAE's 256 px."""
-    n = 8192 if device.type == "cuda" else 2048
+    n, repeats = (8192, 10) if device.type == "cuda" else (2048, 3)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     x = torch.randn(8 if device.type == "cuda" else 1, 256, 256, 256, device=device, dtype=dtype)
     conv = torch.nn.Conv2d(256, 256, 3, padding=1, device=device, dtype=dtype).to(memory_format=torch.channels_last)
     x = x.to(memory_format=torch.channels_last)
     work = {"matrix product": (lambda: a @ b, 2 * n**3), "convolution": (lambda: conv(x), 18 * 256 * x.numel())}
-    return {name: flop / median_ms(run, 10, device) / 1e9 for name, (run, flop) in work.items()}
+    return {name: flop / median_ms(run, repeats, device) / 1e9 for name, (run, flop) in work.items()}
 
 
 # --- the table ------------------------------------------------------------------------------------------------------------

@@ -85,6 +85,22 @@ def processes():
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def cores_a_process():
+    """Threads for the pictures: the cores of this machine, shared by its processes of torchrun, at most eight."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def workers_for(network, device):
+    """How many pictures are restored at the same time, each on one core: as many as cores, at most four, for a small network
+    on a CPU. None for others, and for a function, which may be many steps: one picture at a time, on all cores.
+
+    On how many cores a picture is computed shows in its last bit. So a small network always takes one, alone and in a folder.
+    """
+    small = isinstance(network, torch.nn.Module) and sum(p.numel() for p in network.parameters()) < LARGE
+    return min(4, cores_a_process()) if small and torch.device(device).type == "cpu" else None
+
+
 def join(device):
     """Makes this process one of torchrun's; alone, it does nothing."""
     if processes()[1] > 1:

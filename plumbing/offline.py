@@ -131,12 +131,6 @@ def summary(data, out, settings, paths):
     return settings | dict(count=count, shards=shards, skipped=skipped)
 
 
-def cores_a_process():
-    """Threads for the pictures: the cores of this machine, shared by its processes of torchrun, at most eight."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-
-
 def report(out, meta, made, seconds, workers):
     """Prints the last line, and the pictures that were left out. Returns the exit code."""
     size = sum(shard["bytes"] for shard in meta["shards"])

@@ -8,6 +8,7 @@ Usage: for jobs in progress(overlapped(batches, read, work, write), pictures): s
 
 import contextlib
 import dataclasses
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,11 +42,11 @@ def trying(jobs, remedy="make it smaller"):
             job.error = e
 
 
-def overlapped(batches, read, work, write):
+def overlapped(batches, read, work, write, workers=None):
     """Yields each list of jobs after its three steps, in order. Reads one list ahead and writes one behind, in two threads.
 
-    work runs in the caller's thread. Three lists are in memory at a time, however many there are. When the caller is
-    interrupted, the file in the writing is finished.
+    workers: threads for work, each of which computes on one core; None: the caller's own, on all cores. Three lists more than
+    there are workers are in memory at a time, however many come. When the caller is interrupted, what has begun is finished.
     """
 
     def worked(batches):
@@ -53,20 +54,20 @@ def overlapped(batches, read, work, write):
             work(jobs)
             yield jobs
 
-    return beside(write, worked(beside(read, batches)))
+    ready = beside(read, batches)
+    return beside(write, beside(work, ready, workers) if workers else worked(ready))
 
 
-def beside(step, batches):
-    """Yields each list of jobs after step(jobs), which runs in a thread while the caller has the list before."""
-    with ThreadPoolExecutor(1) as thread:
-        before = None
+def beside(step, batches, threads=1):
+    """Yields each list of jobs after step(jobs), which runs in threads while the caller has the lists before."""
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        begun = deque()
         for jobs in batches:
-            following = thread.submit(step, jobs), jobs
-            if before:
-                yield done(*before)
-            before = following
-        if before:
-            yield done(*before)
+            begun.append((pool.submit(step, jobs), jobs))
+            if len(begun) > threads:
+                yield done(*begun.popleft())
+        while begun:
+            yield done(*begun.popleft())
 
 
 def done(future, jobs):

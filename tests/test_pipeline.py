@@ -69,3 +69,14 @@ def test_what_a_user_can_cause_stays_with_the_jobs():
     assert all(str(job.error).endswith("for a.png, c.png, got too little: use a smaller batch") for job in jobs)
     with pytest.raises(RuntimeError), trying(jobs):
         raise RuntimeError("a fault of the code")
+
+
+def test_several_workers_work_at_the_same_time_on_one_core_each_and_keep_the_order():
+    begun, threads = threading.Barrier(3), []
+
+    def work(jobs):
+        threads.append(torch.get_num_threads())
+        begun.wait(20)  # until three work at the same time
+
+    assert list(overlapped([[k] for k in range(9)], nothing, work, nothing, workers=3)) == [[k] for k in range(9)]
+    assert threads == [1] * 9

@@ -13,11 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import restore
-from plumbing import commands, pictures
+from plumbing import commands, devices, pictures
 from plumbing.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 DEGRADED = ROOT / "samples" / "degraded"
+HOPPER = DEGRADED / "light" / "hopper.png"
 SIZE = PRESETS["tiny"]["image_size"]
 GOLDEN = load_file(Path(__file__).parent / "golden" / "restore_color_fix.safetensors")  # InterLCM's colour corrections
 MODELS = {}
@@ -159,10 +160,10 @@ def test_the_student_sees_the_picture_and_keeps_its_colours(tmp_path):
     assert (pictures.read_image(tmp_path / "x.png") - y).abs().mean() > 0.005
 
 
-def test_same_bytes_out_whatever_the_batch_and_the_company(tmp_path):
-    assert run(DEGRADED, "-o", tmp_path / "all", "--batch", 4) == 0
-    assert run(DEGRADED / "light", "-o", tmp_path / "few") == 0
-    assert run(DEGRADED / "light" / "hopper.png", "-o", tmp_path / "one.png") == 0
+def test_same_bytes_out_whatever_the_batch_the_cores_and_the_company(tmp_path, monkeypatch):
+    for cores, source, out in ((3, DEGRADED, "all"), (2, DEGRADED / "light", "few"), (1, HOPPER, "one.png")):
+        monkeypatch.setattr(devices, "cores_a_process", lambda cores=cores: cores)
+        assert run(source, "-o", tmp_path / out, "--batch", 4) == 0
     everything = sorted(p.relative_to(tmp_path / "all").as_posix() for p in (tmp_path / "all").rglob("*.png"))
     assert everything == [f"{l}/{n}_restored.png" for l in ("heavy", "light", "medium") for n in ("collins", "hopper")]
     first = digest(tmp_path / "all" / "light" / "hopper_restored.png")
@@ -193,7 +194,7 @@ def test_color_fix_changes_the_result_and_wavelet_is_the_students_default(tmp_pa
 
 
 def test_odd_pictures_are_restored_and_broken_ones_named(tmp_path, capsys):
-    face = Image.open(DEGRADED / "light" / "hopper.png")
+    face = Image.open(HOPPER)
     pictures = {
         "gray.png": face.convert("L"), "palette.png": face.convert("P"), "wide.jpg": face.crop((0, 100, 512, 300)),
         "alpha.webp": face.convert("RGBA"), "small.png": face.resize((40, 50)), "dot.png": face.resize((1, 1)),
@@ -222,7 +223,7 @@ def test_odd_pictures_are_restored_and_broken_ones_named(tmp_path, capsys):
 
 def test_a_result_that_cannot_be_written_is_named_and_the_others_are_done(tmp_path, capsys):
     for name in ("a.png", "b.png"):
-        (tmp_path / name).write_bytes((DEGRADED / "light" / "hopper.png").read_bytes())
+        (tmp_path / name).write_bytes((HOPPER).read_bytes())
     (tmp_path / "a_restored.png").mkdir()  # in the way
     assert run(tmp_path) == 1
     assert "a_restored.png" in capsys.readouterr().err and (tmp_path / "b_restored.png").is_file()
@@ -254,7 +255,7 @@ def test_wrong_arguments_end_with_2(args):
 
 
 def test_what_can_only_be_seen_later_ends_with_one_line_and_2(tmp_path, capsys):
-    picture = DEGRADED / "light" / "hopper.png"
+    picture = HOPPER
     for args in ([picture, "--checkpoint", tmp_path / "none"], [DEGRADED, "-o", tmp_path / "out.png"]):
         assert run(*args) == 2
         error = capsys.readouterr().err
@@ -263,7 +264,7 @@ def test_what_can_only_be_seen_later_ends_with_one_line_and_2(tmp_path, capsys):
 
 
 def test_an_output_that_is_no_folder_or_picture_is_refused(tmp_path, capsys):
-    picture = DEGRADED / "light" / "hopper.png"
+    picture = HOPPER
     assert run(picture, "-o", tmp_path / "x.gif") == 2 and "-o" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert run(picture, "-o", tmp_path / "file" / "x") == 1  # found when it is to be written, and named
@@ -273,7 +274,7 @@ def test_an_output_that_is_no_folder_or_picture_is_refused(tmp_path, capsys):
 
 def test_too_little_memory_is_named_and_the_others_are_done(tmp_path, monkeypatch, capsys):
     for name in ("a.png", "b.png"):
-        (tmp_path / name).write_bytes((DEGRADED / "light" / "hopper.png").read_bytes())
+        (tmp_path / name).write_bytes((HOPPER).read_bytes())
     work, calls = restore.restore, []
 
     def once(*args, **settings):
@@ -297,7 +298,7 @@ def test_too_little_memory_is_named_and_the_others_are_done(tmp_path, monkeypatc
 
 def test_a_model_that_gives_nan_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(restore, "load_model", lambda *_: (lambda y: y * float("nan"), 128))
-    assert run(DEGRADED / "light" / "hopper.png", "-o", tmp_path / "x.png") == 1
+    assert run(HOPPER, "-o", tmp_path / "x.png") == 1
     assert "NaN" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 

@@ -105,11 +105,11 @@ def test_one_number_says_how_large_pictures_are():
 
 
 def test_every_part_can_be_rebuilt(tmp_path, monkeypatch):
-    """Two steps of each part, in the order of tiny/README.md, from the sample portraits alone; then the chain opens them."""
+    """A step of each part, in the order of tiny/README.md, from the sample portraits alone; then the chain opens them."""
     monkeypatch.chdir(tmp_path)  # pool, states and logs go to runs/
     monkeypatch.setattr(pool, "VIEWS", 2)
     parts = ["vae", "clip", "dino", "posterior-mean", "flow", "unet"]
-    command = [*parts, "--data", str(ROOT / "samples" / "clean"), "--out", "made", "--steps", "2", "--batch", "2"]
+    command = [*parts, "--data", str(ROOT / "samples" / "clean"), "--out", "made", "--steps", "1", "--batch", "2"]
     assert pretrain.main(pretrain.parse_args([*command, "--sigma-s", "0.05", "--precision", "bf16"])) == 0
     assert {p.name for p in (tmp_path / "runs").glob("*.jsonl")} == {f"tiny_{part}.jsonl" for part in parts}
     assert "made" not in (tmp_path / "made" / "base" / "unet" / "config.json").read_text()
@@ -228,8 +228,8 @@ def test_the_readmes_chain_on_the_sample_portraits(tmp_path):
         tmp_path / "b",
         ["--cache", str(tmp_path / "c"), "--batch", "2", "--sgcl-every", "2", "--log-every", "1"],
     )
-    assert train.main(train.parse_args(["--stage", "A", "--out", str(a), "--steps", "6", "--lr", "5e-5", *more])) == 0
-    assert train.main(train.parse_args(["--stage", "B", "--init", str(a), "--out", str(b), "--steps", "2", *more])) == 0
+    assert train.main(train.parse_args(["--stage", "A", "--out", str(a), "--steps", "4", "--lr", "5e-5", *more])) == 0
+    assert train.main(train.parse_args(["--stage", "B", "--init", str(a), "--out", str(b), "--steps", "1", *more])) == 0
     log = [json.loads(line) for line in (a / "log.jsonl").read_text().splitlines()]
     steady = [
         sum(line["weighted"][term] for term in ("lat", "lpips", "l1")) for line in log
