@@ -12,7 +12,7 @@ That also starts without effect, but W gets no gradient until g has moved. If W 
 import torch
 import torch.nn as nn
 
-KINDS = ("zero-linear", "scalar-gate", "none")
+from plumbing.presets import ADAPTERS
 
 
 class SemanticAdapter(nn.Module):
@@ -25,8 +25,8 @@ class SemanticAdapter(nn.Module):
 
     def __init__(self, dim=768, context_dim=768, kind="zero-linear"):
         super().__init__()
-        if kind not in KINDS:
-            raise ValueError(f"expected an adapter of kind {', '.join(KINDS)}, got {kind!r}")
+        if kind not in ADAPTERS:
+            raise ValueError(f"expected an adapter of kind {', '.join(ADAPTERS)}, got {kind!r}")
         self.kind = kind
         if kind != "none":
             self.linear = nn.Linear(dim, context_dim)

@@ -8,8 +8,8 @@ The latents are those of the stored 8-bit pictures. The bytes of a cache depend 
 versions alone (settings.json has them), not on the number of processes or on interruptions.
 
     settings.json            what the cache is made with; written first, compared when the command runs again
-    shard_00000.safetensors  z_lq, z_target: (n, C, h, w) float16. y, x_target as lossless WebP, end to end in y_bytes and
-                             x_bytes (uint8), sample j from y_offsets[j] to y_offsets[j + 1] (int64). In its metadata
+    shard_00000.safetensors  z_lq (that is z_y), z_target: (n, C, h, w) float16. y, X† as lossless WebP, end to end in y_bytes
+                             and x_bytes (uint8), sample j from y_offsets[j] to y_offsets[j + 1] (int64). In its metadata
                              "records", JSON: source, degradation parameters and teacher seed of each sample
     preview.png, meta.json   the first samples (LQ, X†, HQ); the settings, count, shards with their sha256, skipped pictures
 
@@ -24,6 +24,9 @@ import sys
 from pathlib import Path
 
 from plumbing import commands
+from plumbing.presets import RANGES
+
+DEVICES = ("cuda", "cpu")
 
 
 def parse_args(argv=None):
@@ -40,15 +43,14 @@ def parse_args(argv=None):
     add("--seed", type=whole(0), default=0, help="seed of degradations and teacher noise (default 0)")
     add("--limit", type=whole(), metavar="N", help="use the first N pictures only")
     add("--repeats", type=whole(), default=1, metavar="R", help="degradations a picture (default 1)")
-    ranges = ("difface", "gfpgan", "codeformer", "codeformer-large", "realesrgan")
-    add("--ranges", nargs="+", choices=ranges, default=["difface"],
+    add("--ranges", nargs="+", choices=RANGES, default=["difface"],
         help="degradation (default difface, the teacher's); several take turns over the repeats")  # fmt: skip
     add("--min-side", type=whole(), metavar="PX",
         help="leave out pictures with a shorter side (default: half of the preset's size; 1 takes all)")  # fmt: skip
     add("--batch", type=whole(), default=8, metavar="N", help="samples the teacher restores at once (default 8)")
     add("--precision", choices=("fp32", "bf16"), default="fp32",
         help="of the teacher (default fp32, on a GPU with TF32 products, as in PMRF's code)")  # fmt: skip
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is one")
+    add("--device", choices=("auto", *DEVICES), default="auto", help="default: cuda if there is one")
     args = p.parse_args(argv)
     if args.repeats < len(args.ranges):
         p.error(f"argument --ranges: expected no more names than --repeats, got {len(args.ranges)} and {args.repeats}")
@@ -70,7 +72,8 @@ from PIL import Image, ImageDraw
 
 import degrade
 from plumbing import devices, offline, shards
-from plumbing.pictures import decode_image, encode_image, read_file, read_image, resize, square, to_uint8, write_image
+from plumbing.files import read_file
+from plumbing.pictures import decode_image, encode_image, read_image, resize, square, to_uint8, write_image
 from plumbing.presets import load_config, locate
 from plumbing.published import load_vae
 from plumbing.shards import CacheDataset, read_meta, weights_sha256
@@ -114,12 +117,12 @@ def make_batch(teacher, vae, data, jobs, settings, lock):
     y, records = torch.stack([y for y, _ in pairs]), [record for _, record in pairs]
     device = next(teacher.parameters()).device
     with lock, torch.inference_mode():
-        x_hat = teacher.restore(y.to(device), settings["steps"], [record["seed"] for record in records])  # Eq. 4
-        x = to_uint8(finite(x_hat, "the teacher's restoration")).cpu() / 255  # X†, as it is stored
+        x_target = teacher.restore(y.to(device), settings["steps"], [record["seed"] for record in records])  # X†, Eq. 4
+        x_target = to_uint8(finite(x_target, "the teacher's restoration")).cpu() / 255  # as it is stored
         # the space bridge
-        z_lq, z_target = (finite(encode(vae, v.to(device)).half(), "a latent").cpu() for v in (y, x))
-    y, x = ([encode_image(v, ".webp") for v in batch] for batch in (y, x))
-    return dict(samples=records, skipped=skipped, y=y, x=x, z_lq=z_lq, z_target=z_target)
+        z_y, z_target = (finite(encode(vae, v.to(device)).half(), "a latent").cpu() for v in (y, x_target))
+    y, x = ([encode_image(v, ".webp") for v in pictures] for pictures in (y, x_target))
+    return dict(samples=records, skipped=skipped, y=y, x=x, z_lq=z_y, z_target=z_target)
 
 
 def finite(x, what):
@@ -202,7 +205,7 @@ def load_networks(preset):
 
 
 def work(args):
-    device = devices.choose_device(args.device)
+    device = devices.choose_device(args.device, DEVICES)
     if args.check is not None:
         return verify(args.check, device)
     (rank, world), workers = devices.processes(), devices.cores_a_process()

@@ -15,11 +15,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from plumbing import commands
+from plumbing import commands, presets
 from plumbing.commands import complain, enough_memory, say, whole
-
-RANGE_NAMES = ("difface", "gfpgan", "codeformer", "codeformer-large", "realesrgan")
-LEVEL_NAMES = ("light", "medium", "heavy")
 
 
 def parse_args(argv=None):
@@ -27,8 +24,10 @@ def parse_args(argv=None):
     p.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="pictures, or folders searched recursively")
     p.add_argument("-o", "--out", type=Path, required=True, metavar="OUT", help="folder for the degraded copies (PNG)")
     how = p.add_mutually_exclusive_group()
-    how.add_argument("--ranges", choices=RANGE_NAMES, default="difface", help="draw the parameters (default difface)")
-    how.add_argument("--level", choices=LEVEL_NAMES, help="fixed parameters instead of drawn ones")
+    how.add_argument(
+        "--ranges", choices=presets.RANGES, default="difface", help="draw the parameters (default difface)"
+    )
+    how.add_argument("--level", choices=presets.LEVELS, help="fixed parameters instead of drawn ones")
     p.add_argument("--size", type=whole(16, 8192), metavar="N", help="first crop to a square of N px")
     p.add_argument("--seed", type=whole(0), default=0, help="seed of parameters and noise (default 0)")
     return p.parse_args(argv)
@@ -54,7 +53,7 @@ def apply(x, params):
     """Degrades a picture: y = [ (x * k_sigma) down_r + n_delta ]_JPEG_q up_r.
 
     x: (3, H, W) float32 in [0, 1]. Returns y, same shape, 8-bit values / 255, a function of x and params alone. If
-    params.gray, y is gray and the caller makes the target gray with `to_gray`. Raises ValueError for another shape.
+    params.gray, y is gray; who compares it with x makes x gray, too (`to_gray`). Raises ValueError for another shape.
     """
     if x.ndim != 3 or x.shape[0] != 3:
         raise ValueError(f"expected a picture (3, H, W), got {tuple(x.shape)}: degrade the pictures one by one")
@@ -177,7 +176,7 @@ class Ranges:
     down: tuple  # factor r; below 1 the picture is enlarged. Or ((probability, lowest, highest 1 / r), ...)
     noise: tuple[float, float]  # standard deviation, grey levels of 255
     jpeg: tuple[float, float]  # quality
-    gray: float = 0.0  # probability of a gray sample (its target is made gray too)
+    gray: float = 0.0  # probability of a gray sample
     isotropic: float = 0.5  # probability of a round kernel
     kernel: int | tuple[int, ...] = 41  # kernel size, pixels, odd; or those of which one is drawn; 1: no blur
     before: "Ranges | None" = None  # the pass before this one
@@ -208,19 +207,18 @@ def sample(rng, ranges="difface", size=512):
     rng: numpy.random.Generator; ranges: a name in RANGES or a Ranges, for 512 px; size: side of the pictures in pixels:
     blur, kernel and downsampling are scaled by size / 512, noise and JPEG stay. Returns Params.
     """
-    r = RANGES[ranges] if isinstance(ranges, str) else ranges
-    k = size / 512
+    r, scale = RANGES[ranges] if isinstance(ranges, str) else ranges, size / 512
     before = sample(rng, r.before, size) if r.before else None
-    sigma_x, sigma_y = (float(s) * k for s in rng.uniform(*r.blur, 2))
+    sigma_x, sigma_y = (float(s) * scale for s in rng.uniform(*r.blur, 2))
     theta = float(rng.uniform(-math.pi, math.pi))
     if rng.uniform() < r.isotropic:
         sigma_y, theta = sigma_x, 0.0
     if len(r.down) == 3:  # Real-ESRGAN's: enlarged, shrunk or kept
         _, lowest, highest = r.down[rng.choice(3, p=[p for p, _, _ in r.down])]
         down = 1 / float(rng.uniform(lowest, highest))
-        down = max(down * k, min(down, MIN_DOWN))
+        down = max(down * scale, min(down, MIN_DOWN))
     else:
-        down = float(rng.uniform(*(max(d * k, MIN_DOWN) for d in r.down)))
+        down = float(rng.uniform(*(max(d * scale, MIN_DOWN) for d in r.down)))
     noise, jpeg, gray = float(rng.uniform(*r.noise)), int(rng.uniform(*r.jpeg)), bool(rng.uniform() < r.gray)
     noise_seed = int(rng.integers(2**32))
     kernel = scale_kernel(r.kernel if isinstance(r.kernel, int) else int(rng.choice(r.kernel)), size)
@@ -236,8 +234,8 @@ LEVELS = {  # for 512 px; our choice: a mild web copy, an old small picture, and
 
 def level(name, size=512, seed=0):
     """The fixed parameters LEVELS[name], scaled by size / 512 as in `sample`, with the noise of `seed`."""
-    p, k = LEVELS[name], size / 512
-    spatial = dict(sigma_x=p.sigma_x * k, sigma_y=p.sigma_y * k, down=max(p.down * k, MIN_DOWN))
+    p, scale = LEVELS[name], size / 512
+    spatial = dict(sigma_x=p.sigma_x * scale, sigma_y=p.sigma_y * scale, down=max(p.down * scale, MIN_DOWN))
     return dataclasses.replace(p, kernel_size=scale_kernel(p.kernel_size, size), noise_seed=seed, **spatial)
 
 
@@ -246,8 +244,8 @@ def scale_kernel(kernel_size, size):
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
-# Training draws the degradations of face i from (seed, i, repeat), and numpy takes a missing number for 0: (seed, i) would
-# repeat them, one by one, on the pictures that a model is tested with. No training repeats a face so often as this.
+# The third number in a test's seed. Training draws face i from (seed, i, repeat), and numpy reads (seed, i) as (seed, i, 0):
+# without this number a test would repeat training's degradations. No training repeats a face so often.
 EVALUATION = 2**32 - 1
 
 

@@ -9,7 +9,7 @@
                or the curves of a training, finished or not
     figures    the paper's equations as pictures (docs/tour.md), from the samples and the small model
 
-Clean faces (--data) are brought to the model's size, degraded by degrade.py with seed + index, and restored one at a time;
+Clean faces (--data) are brought to the model's size and degraded, a function of seed and index, and restored one by one;
 given pictures (--lq) keep their size. Measured is what restore.py would write, 8 bits a channel. FID against the few faces of
 a small folder says little. A face that cannot be read is named and left out, and the exit code is then 1.
 
@@ -23,9 +23,8 @@ from pathlib import Path
 
 from plumbing import commands
 from plumbing.commands import real, whole
+from plumbing.presets import LEVELS, RANGES
 
-LEVELS = ("default", "light", "medium", "heavy")
-RANGES = ("difface", "gfpgan", "codeformer", "codeformer-large", "realesrgan")
 METRICS = ("psnr", "ssim", "mse", "lpips", "lpips-vgg", "fid", "kid", "precision", "musiq", "niqe")
 PAIRED, SETS = METRICS[:5], METRICS[5:8]  # need an original; compare two folders
 DEFAULT = ["psnr", "ssim", "lpips"]
@@ -67,8 +66,9 @@ def parse_args(argv=None):
     for c, steps in ((quality, [1, 5, 25]), (report, [25]), (speed, [1, 5, 25])):
         c.add_argument("--steps", type=whole(), nargs="+", default=steps, metavar="K", help="teacher's Euler steps")
         c.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="as restore.py's")
-    quality.add_argument("--level", nargs="+", choices=LEVELS, help="of --data: drawn (default) or of fixed strength")
-    report.add_argument("--level", nargs=1, choices=LEVELS, help="of --data: drawn (default) or of fixed strength")
+    for c, several in ((quality, "+"), (report, 1)):
+        levels = ("default", *LEVELS)
+        c.add_argument("--level", nargs=several, choices=levels, help="of --data: drawn (default) or of fixed strength")
     ablation.add_argument("--cache", required=True, metavar="DIR", help="cache to train on, from cache.py")
     ablation.add_argument("--steps", type=whole(), required=True, metavar="N", help="training steps a stage")
     ablation.add_argument("--batch", type=whole(), default=16, help="train.py's (default 16)")
@@ -138,7 +138,7 @@ from evaluation.speed import random_models, table
 from evaluation.tables import markdown, write_text
 from evaluation.training import training_page
 from plumbing.devices import choose_device, precision_of, prepare
-from plumbing.pictures import make_folder
+from plumbing.files import make_folder
 from plumbing.presets import load_config, locate
 from student import Student
 from teacher import PMRF

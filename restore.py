@@ -3,8 +3,8 @@
     y -> square of S px -> x_hat = S_theta(y), one network evaluation (Eq. 5) -> colour correction -> the input's shape
 
 The network works at the checkpoint's size S on faces that are aligned like FFHQ. A picture of another size is resized so that
-its long side is S, never squashed, and mirrored at its borders up to a square. The result has the input's size. A picture
-smaller than S gets a long side of S instead. A result larger than S is enlarged: it holds S px of detail.
+its long side is S, never squashed, and mirrored at its borders up to a square. The result has the input's size, but a long
+side of at least S. Where it is larger than S, it is enlarged and holds S px of detail.
 
 Usage: python restore.py face.png                        writes face_restored.png beside it
        python restore.py folder -o out --compare         keeps the folder's structure
@@ -39,7 +39,7 @@ def parse_args(argv=None):
         help="pictures a pass on a GPU (default 1); the last bit may depend on N. A CPU takes one at a time, so its "
              "bytes never depend on N")  # fmt: skip
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-        help="default auto: bf16 on a GPU, and for large networks on a CPU with AMX; else float32")  # fmt: skip
+        help="default auto: bf16 on a CUDA GPU, and for large networks on a CPU with AMX; else float32")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default auto: a GPU if there is one")
     add("--compare", action="store_true", help="write input | restored side by side too, as *_compare.png")
     add("--metadata", choices=("basic", "gps", "none"), default="basic",
@@ -129,8 +129,7 @@ COLOR_FIXES = {"wavelet": wavelet_color_fix, "adain": adain_color_fix, "none": l
 
 def to_square(x, size):
     """x (3, H, W) -> (3, size, size): resized to a long side of `size`, then mirrored evenly on both sides."""
-    h, w = fit(x, size)
-    top, left = (size - h) // 2, (size - w) // 2
+    top, left, h, w = fit(x, size)
     rows = np.pad(np.arange(h), (top, size - h - top), mode="symmetric")
     columns = np.pad(np.arange(w), (left, size - w - left), mode="symmetric")
     return resize(x, (h, w))[:, rows][:, :, columns]
@@ -139,15 +138,15 @@ def to_square(x, size):
 def from_square(x_hat, x):
     """The part of x_hat (3, S, S) that is not padding, enlarged to the size of x (3, H, W) if that is larger than S."""
     size = x_hat.shape[-1]
-    h, w = fit(x, size)
-    top, left = (size - h) // 2, (size - w) // 2
+    top, left, h, w = fit(x, size)
     x_hat = x_hat[:, top : top + h, left : left + w]
     return resize(x_hat, x.shape[1:]) if max(x.shape[1:]) > size else x_hat
 
 
 def fit(x, size):
-    h, w = x.shape[1:]
-    return max(1, round(h * size / max(h, w))), max(1, round(w * size / max(h, w)))
+    """Where x (3, H, W) lies in the square of `size`, with a long side of `size`: top, left, height, width."""
+    h, w = (max(1, round(side * size / max(x.shape[1:]))) for side in x.shape[1:])
+    return (size - h) // 2, (size - w) // 2, h, w
 
 
 # --- one pass -------------------------------------------------------------------------------------------------------------
@@ -174,7 +173,7 @@ def load_model(checkpoint="tiny", method="student", device="cpu", steps=25, seed
 def restore(model, size, xs, color_fix="wavelet", device="cpu"):
     """Restores pictures of any sizes in one batch.
 
-    model, size: from load_model; xs: list of (3, H, W) in [0, 1]. Returns as many, see from_square; of gray ones gray ones.
+    model, size: from load_model; xs: list of (3, H, W) in [0, 1]. Returns as many, sized by from_square. Gray stays gray.
     """
     y = torch.stack([to_square(x, size) for x in xs]).to(device)  # (B, 3, S, S)
     x_hat = COLOR_FIXES[color_fix](model(y), y).clamp(0, 1).cpu()
@@ -227,16 +226,16 @@ def restore_batch(jobs, network, size):
         for job, x_hat in zip(jobs, x_hats, strict=True):
             (H, W), (h, w), job.x_hat = job.picture.x.shape[1:], x_hat.shape[1:], x_hat
             hint = f"; {size} px of detail, enlarged to {w} x {h}" if max(H, W) > size else ""
-            aligned = is_aligned(job.picture.x)
-            hint += "" if aligned else "; no aligned crop, it seems: --photo restores the faces in a photo"
+            if not is_aligned(job.picture.x):
+                hint += "; no aligned crop, it seems: --photo restores the faces in a photo"
             job.line = f"{job.path} {W}x{H} -> {job.target} {w}x{h}, {ms:.0f} ms{hint}"
 
 
 def restore_faces(jobs, find, in_place):
-    """Restores the faces of a photo, which `find` finds, `in_place`. A photo without a face is copied, and an error."""
+    """Restores the faces that `find` finds in a photo. Without a face the result is a copy, and the job has an error."""
     for job in (job for job in jobs if not job.error):
         begin = time.perf_counter()
-        with trying(jobs, "make it smaller, or leave out --upscale"):
+        with trying([job], "make it smaller, or leave out --upscale"):
             squares = [square(points) for points, _ in faces_of(job.path, job.picture.x, find, TOO_SMALL)]
             job.x_hat = in_place(job.picture.x, squares)
             seconds = time.perf_counter() - begin

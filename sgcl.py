@@ -52,5 +52,6 @@ def sgcl_loss(x_hat, velocity, t, source):
     The gradient is 2 (x_hat - x_clean) / N alone: none flows through the teacher. Returns a scalar.
     """
     with torch.no_grad():  # sg(.)
-        x_clean = clean_estimate(perturb(x_hat.float(), t, source), t, velocity).float()
+        x_t = perturb(x_hat.float(), t, source)  # Eq. 7
+        x_clean = clean_estimate(x_t, t, velocity)  # Eq. 8
     return F.mse_loss(x_hat.float(), x_clean)

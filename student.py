@@ -47,15 +47,13 @@ def decode(vae, z):
 
 def vit_tokens(vit, y):
     """All tokens after the last norm, without projection: y (B, 3, H, W) in [0, 1] -> (B, 1 + N, D), the class token first."""
-    c = vit.pretrained_cfg
+    cfg = vit.pretrained_cfg
     y = F.interpolate(y, size=vit.patch_embed.img_size, mode="bicubic", antialias=True, align_corners=False)
-    mean, std = (constant(tuple(c[k]), y.device)[:, None, None] for k in ("mean", "std"))
+    mean, std = (constant(tuple(cfg[k]), y.device)[:, None, None] for k in ("mean", "std"))
     return vit.forward_features(((y - mean) / std).to(dtype_of(vit)))
 
 
 # --- Eq. 5, the one step ------------------------------------------------------------------------------------------------
-
-ENTRIES = ("mean", "clean", "noised")
 
 
 def enter(z_y, alpha_bar, entry):
@@ -126,9 +124,8 @@ class Student(nn.Module):
         """Stage A's start: published weights, fresh encoders, adapter at zero. Raises OSError."""
         vae, unet, alphas_bar = load_vae(config), load_unet(config), load_schedule(config)
         student = cls(config, vae, unet, load_vit(config["clip"]), load_vit(config["dino"]), alphas_bar)
-        if name := config[
-            "lcm_lora"
-        ]:  # merged after the spatial encoder has copied the plain UNet (ControlNet's recipe)
+        # merged after the spatial encoder has copied the plain UNet (ControlNet's recipe)
+        if name := config["lcm_lora"]:
             with loading("LCM-LoRA", name, "pytorch_lora_weights.safetensors, 135 MB"):
                 merge_lora(unet, load_lora(name, "pytorch_lora_weights.safetensors", unet))
         return student
@@ -151,7 +148,7 @@ class Student(nn.Module):
         tau = self.tau if tau is None else tau
         alpha_bar, (c_skip, c_out) = self.alphas_bar[tau], boundary_scalings(tau)
         c = self.context(y)
-        z_tau = enter(z_y, alpha_bar, self.config.get("entry", "clean"))  # checkpoints that name none are "clean"
+        z_tau = enter(z_y, alpha_bar, self.config["entry"])
         z, y, t = z_tau.to(c.dtype), y.to(c.dtype), torch.full((), tau, device=y.device)
         down, mid = self.spatial_encoder(z, t, c, controlnet_cond=y, return_dict=False)
         residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}

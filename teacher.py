@@ -1,8 +1,8 @@
 """PMRF, the frozen teacher (paper Sec. 1.1 and 3.1, Eq. 1-4): a posterior mean, and a flow from it to natural images.
 
-    Eq. 2   X* = E[X | Y] = argmin E ||X* - X||^2                           SwinIR, posterior_mean_loss
+    Eq. 2   X* = E[X | Y] = argmin_Z E ||Z - X||^2                          SwinIR, posterior_mean_loss
     Eq. 3   x_t = (1 - t) x_source + t x_target, v_t = x_target - x_source  path, flow_matching_loss
-    Eq. 1   dx/dt = v(x_t, t), x(0) = X*, x(1) = X_0                        PMRF.velocity
+    Eq. 1   dx/dt = v(x_t, t), x(0) = X*, x(1) = X_0                        PMRF.velocity, PMRF.transport
     Eq. 4   X_0 = X* + int_0^1 v(x_t, t) dt                                 PMRF.transport, in K Euler steps
 
 Time runs from t=0 (posterior mean) to t=1 (natural image). As in PMRF's code, and unlike the paper's letters, the flow starts
@@ -50,16 +50,16 @@ def flow_matching_loss(hdit, x_mmse, x, t, eps, sigma_s=0.1):
 
 
 class PMRF(nn.Module):
-    """The teacher: `swinir` gives the posterior mean, `hdit` the velocity. sigma_s, steps, t_eps: transport's defaults."""
+    """The teacher: `swinir` gives the posterior mean, `hdit` the velocity. sigma_s, t_eps: transport's defaults."""
 
-    def __init__(self, swinir, hdit, sigma_s=0.1, steps=25, t_eps=0.0):
+    def __init__(self, swinir, hdit, sigma_s=0.1, t_eps=0.0):
         super().__init__()
         self.mmse_model, self.model = swinir, hdit  # their names in the published weights
-        self.sigma_s, self.steps, self.t_eps = sigma_s, steps, t_eps
+        self.sigma_s, self.t_eps = sigma_s, t_eps
 
     @torch.no_grad()
     def posterior_mean(self, y):
-        """X* of Eq. 2. y: (B, 3, H, W) in [0, 1] -> (B, 3, 8h, 8w) in [0, 1], clipped, the size that SwinIR gives."""
+        """X* of Eq. 2. y: (B, 3, H, W) in [0, 1] -> the same, clipped; sides rounded up to multiples of 8."""
         return self.mmse_model(y).clamp(0, 1)
 
     def velocity(self, x_t, t):
@@ -70,34 +70,33 @@ class PMRF(nn.Module):
         return self.model(x_t, t.expand(len(x_t))).to(x_t.dtype)  # under autocast v is rounded, the sum of Eq. 4 is not
 
     @torch.no_grad()
-    def transport(self, x_mmse, eps, steps=None, sigma_s=None, t_eps=None):
+    def transport(self, x_mmse, eps, steps=25, sigma_s=None, t_eps=None):
         """X_0 of Eq. 4, by `steps` left Euler steps of Eq. 1 from t_eps to 1, clipped to [0, 1] only at the end.
 
-        x_mmse: (B, 3, H, W) in [0, 1]; eps: the same shape, standard normal. Defaults: those of the weights' config, else
-        25 steps, sigma_s 0.1, t_eps 0. ValueError unless steps is a whole number from 1 on.
+        x_mmse: (B, 3, H, W) in [0, 1]; eps: the same shape, standard normal; sigma_s, t_eps: by default those of the weights.
+        ValueError unless steps is a whole number from 1 on.
         """
-        steps, sigma_s = self.steps if steps is None else steps, self.sigma_s if sigma_s is None else sigma_s
-        t_eps = self.t_eps if t_eps is None else t_eps
+        sigma_s, t_eps = self.sigma_s if sigma_s is None else sigma_s, self.t_eps if t_eps is None else t_eps
         if steps != int(steps) or steps < 1:
             raise ValueError(f"expected a whole number of steps, 1 or more, got {steps}")
         x, dt = x_mmse + sigma_s * eps, (1 - t_eps) / steps  # x(0)
         for i in range(int(steps)):
-            x = x + self.velocity(x, t_eps + i * dt) * dt  # Eq. 4
+            x = x + self.velocity(x, t_eps + i * dt) * dt  # a step of Eq. 1; their sum is Eq. 4
         return x.clamp(0, 1)
 
     @torch.no_grad()
-    def restore(self, y, steps=None, seed=0, sigma_s=None):
-        """Posterior mean, then transport. y: (B, 3, H, W) in [0, 1] -> (B, 3, 8h, 8w) in [0, 1], the size SwinIR gives.
+    def restore(self, y, steps=25, seed=0):
+        """Posterior mean, then transport. y: (B, 3, H, W) in [0, 1] -> the same; sides rounded up to multiples of 8.
 
         seed: one number for all pictures, or one a picture (modulo 2^32). Each picture draws its own noise, on the CPU. So
-        the batch changes a picture by rounding only: alone and in a batch of 8 it differs by 2e-6.
+        the batch changes a picture by rounding only.
         """
         x_mmse = self.posterior_mean(y)
         seeds = list(seed) if hasattr(seed, "__len__") else [seed] * len(y)
         if len(seeds) != len(y):
             raise ValueError(f"expected one seed, or one for each of {len(y)} pictures, got {len(seeds)}")
         eps = [torch.randn(x_mmse.shape[1:], generator=torch.Generator().manual_seed(int(s) % 2**32)) for s in seeds]
-        return self.transport(x_mmse, torch.stack(eps).to(x_mmse), steps, sigma_s)
+        return self.transport(x_mmse, torch.stack(eps).to(x_mmse), steps)
 
     @classmethod
     def from_pretrained(cls, name_or_folder):
@@ -114,6 +113,6 @@ class PMRF(nn.Module):
 
     def save_pretrained(self, folder, dtype=torch.float16):
         """Writes config.json (as published, plus the networks' sizes) and model.safetensors in dtype; no half files."""
-        config = {"mmse_noise_std": self.sigma_s, "num_flow_steps": self.steps, "eps": self.t_eps}
+        config = {"mmse_noise_std": self.sigma_s, "num_flow_steps": 25, "eps": self.t_eps}
         config |= {"hdit": self.model.config, "swinir": self.mmse_model.config}
         published.write_pmrf(folder, config, self, dtype)

@@ -9,7 +9,7 @@
     torchrun --nproc_per_node=8 train.py --stage A ...   the same on several GPUs; --batch is the global batch
 
 The same command again goes on from the last checkpoint in --out. Every random number of a step depends on the seed, the
-step and the picture alone. So a killed run that goes on, and a run on two processes, make the steps of one unbroken run.
+step and the picture alone. A killed run therefore goes on with the same steps, and two processes make the steps of one.
 --out holds step-*/ (config.json and safetensors: the EMA weights, and training.safetensors to go on from; the last two are
 kept), log.jsonl (the terms of Eq. 6, raw and weighted) and grid.png (LQ | student | X† of the cache's first pictures).
 Images: (B, 3, H, W) float32 in [0, 1]. Latents: (B, C, h, w), VAE latents times their scaling factor.
@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 from plumbing import commands
+from plumbing.presets import ADAPTERS, ENTRIES
 
 
 def parse_args(argv=None):
@@ -44,17 +45,12 @@ def parse_args(argv=None):
     add("--lambda-l1", type=real, default=1.0, help="weight of L1 in Eq. 6")
     add("--lambda-sgcl", type=real, default=0.1, help="weight of SGCL in Eq. 6")
     add("--sgcl-every", type=whole(1, 10**6), default=4, metavar="N", help="SGCL in each N-th step, N times as strong")
-    sources = ["gaussian", "mmse"]
-    add("--sgcl-source", choices=sources, default="gaussian", help="Eq. 7's noise, or PMRF's own source")
-    adapters = ["zero-linear", "scalar-gate", "none"]
-    add("--adapter", choices=adapters, help="Sec. 3.3.1 (default: the preset's, in Stage B that of Stage A)")
-    entries = ["mean", "clean", "noised"]
-    add("--entry", choices=entries, help="z_tau of the one step (default: the preset's, in Stage B that of Stage A)")
+    add("--sgcl-source", choices=["gaussian", "mmse"], default="gaussian", help="Eq. 7's noise, or PMRF's own source")
+    add("--adapter", choices=ADAPTERS, help="Sec. 3.3.1 (default: the preset's, in Stage B that of Stage A)")
+    add("--entry", choices=ENTRIES, help="z_tau of the one step (default: the preset's, in Stage B that of Stage A)")
     args = p.parse_args(argv)
     if args.stage == "B" and not args.init:
-        p.error(
-            "--stage B starts from Stage A: expected --init RUN_OR_CHECKPOINT, such as --init runs/stage_a; got none"
-        )
+        p.error("--stage B starts from Stage A: expected --init RUN, such as --init runs/stage_a; got none")
     if args.stage == "A" and args.init:
         p.error("--init belongs to --stage B: Stage A starts from the published weights that the cache's preset names")
     if not (args.lambda_lat or args.lambda_lpips or args.lambda_l1 or args.lambda_sgcl):
@@ -113,7 +109,7 @@ def l1_loss(x_hat, x_target):
 
 def objective(one_step, student, teacher, lpips_fn, batch, step, args):
     """The terms of Eq. 6 for one batch of the cache, in the paper's order: a dict of scalars."""
-    y, z_y, z_target, x_target = (batch[k] for k in ("y", "z_lq", "z_target", "x_target"))
+    y, z_y, z_target, x_target = (batch[k] for k in ("y", "z_lq", "z_target", "x_target"))  # x_target: X†
     z_hat = one_step(z_y, y)  # Eq. 5
     terms = {"lat": latent_loss(z_hat, z_target)}
     if not (args.lambda_lpips or args.lambda_l1 or args.lambda_sgcl):
@@ -122,12 +118,11 @@ def objective(one_step, student, teacher, lpips_fn, batch, step, args):
     terms["lpips"] = lpips_loss(lpips_fn, x_hat, x_target)
     terms["l1"] = l1_loss(x_hat, x_target)
     if args.lambda_sgcl and step % args.sgcl_every == 0:
-        g = [generator("sgcl", args.seed, step, i) for i in batch["index"].tolist()]
-        t, source = (
-            v.to(x_hat.device, non_blocking=True) for v in sgcl.draw(sgcl.BANDS[args.stage], x_hat.shape[1:], g)
-        )
-        if args.sgcl_source == "mmse":
-            source = sgcl.mmse_source(teacher.posterior_mean(y), source, teacher.sigma_s)
+        generators = [generator("sgcl", args.seed, step, i) for i in batch["index"].tolist()]
+        drawn = sgcl.draw(sgcl.BANDS[args.stage], x_hat.shape[1:], generators)
+        t, eps = (v.to(x_hat.device, non_blocking=True) for v in drawn)
+        mmse = args.sgcl_source == "mmse"
+        source = sgcl.mmse_source(teacher.posterior_mean(y), eps, teacher.sigma_s) if mmse else eps
         terms["sgcl"] = sgcl.sgcl_loss(x_hat, teacher.velocity, t, source)  # Eq. 7-9
     return terms
 
@@ -135,6 +130,12 @@ def objective(one_step, student, teacher, lpips_fn, batch, step, args):
 def total_loss(terms, lambdas):
     """Eq. 6: the weighted sum of the terms. terms, lambdas: dicts with the same names; a term may be absent (a scalar each)."""
     return sum(lambdas[name] * value for name, value in terms.items())
+
+
+def lambdas_of(args):
+    """The lambdas of Eq. 6. SGCL, in every n-th step ("applied sparsely", Sec. 4), is n times as strong: lambda on average."""
+    lambdas = {"lat": args.lambda_lat, "lpips": args.lambda_lpips, "l1": args.lambda_l1}
+    return lambdas | {"sgcl": args.sgcl_every * args.lambda_sgcl}
 
 
 # --- Sec. 4, what a stage starts from and trains ------------------------------------------------------------------------
@@ -166,9 +167,9 @@ class Run:
 
     def __init__(self, args):
         self.args, (self.rank, self.world) = args, devices.processes()
-        self.device = devices.choose_device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = devices.choose_device(known=("cuda", "cpu"))
         self.data = CacheDataset(args.cache)
-        self.batches = Batches(len(self.data), args.batch, args.seed, 0, 0, self.rank, self.world, args.accumulate)
+        self.batches = Batches(len(self.data), args.batch, args.seed, self.rank, self.world, args.accumulate)
         self.student = initial_student(args, self.data.meta).to(self.device)
         self.teacher = self.lpips_fn = None  # the frozen critics of Eq. 6, each where it is needed
         if args.lambda_sgcl:
@@ -222,11 +223,9 @@ def update_ema(ema, trained, step, decay=0.999):
 
 def optimize(run, first):
     """Steps first + 1 ... args.steps, each in the paper's order: Eq. 5-9, backward, AdamW with cosine decay, EMA."""
-    args, log = run.args, runs.Log(run.args.out, run.rank, run.world, first)
+    args, lambdas, log = run.args, lambdas_of(run.args), runs.Log(run.args.out, run.rank, run.world, first)
     run.batches.steps = range(first, args.steps)
     batches = iter(loader(run.data, run.batches, run.device))
-    lambdas = {"lat": args.lambda_lat, "lpips": args.lambda_lpips, "l1": args.lambda_l1}
-    lambdas["sgcl"] = args.sgcl_every * args.lambda_sgcl  # in every n-th step, n times as strong: lambda on average
     bar = tqdm(range(first + 1, args.steps + 1), f"Stage {args.stage}", args.steps, initial=first, disable=run.rank > 0)
     for step in bar:
         lr, raw = set_rate(run.optimizer, args.lr, step, args.steps), {}

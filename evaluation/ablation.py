@@ -19,7 +19,7 @@ from evaluation.quality import student_row
 from evaluation.tables import DIGITS, TITLES, markdown, spread, write_csv, write_text
 from plumbing.commands import say
 from plumbing.devices import prepare
-from plumbing.pictures import make_folder
+from plumbing.files import make_folder
 from plumbing.presets import ROOT, load_config, locate, newest_checkpoint
 from plumbing.shards import read_meta
 from student import Student

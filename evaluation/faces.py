@@ -13,6 +13,7 @@ from tqdm import tqdm
 import degrade
 from plumbing import pictures
 from plumbing.commands import complain
+from plumbing.files import find_images
 from plumbing.targets import without_results
 
 # name: the path in its folder; seed: of the degradation and the teacher's noise; x: the original, None if there is none;
@@ -29,7 +30,7 @@ def find_faces(data, limit=None):
     These are named on stderr. The index counts them too, so that the degradations of the other faces stay as they were.
     ValueError if no picture is left.
     """
-    found = pictures.find_images([data])[:limit]
+    found = find_images([data])[:limit]
     good = [(i, relative(path, data), path) for i, path in enumerate(found) if readable(path)]
     if not good:
         got = f"{len(found)} that cannot be read" if found else "no picture"
@@ -46,7 +47,7 @@ def degraded(found, size, level="default", ranges="difface", seed=0):
         x = pictures.square(pictures.read_image(path), size)
         params = degrade.level(level, size, seed + i) if level != "default" else None
         params = params or degrade.sample(np.random.default_rng((seed, i, degrade.EVALUATION)), ranges, size)
-        x = degrade.to_gray(x) if params.gray else x  # as in training: a gray copy has a gray target
+        x = degrade.to_gray(x) if params.gray else x  # a gray copy has a gray original
         yield Face(name, seed + i, x, degrade.apply(x, params))
 
 
@@ -82,7 +83,7 @@ def find_pairs(lq, hq=None, restored=(), limit=None):
 
 def by_name(folder, results):
     """{path in the folder without suffix: path} of its pictures: of the results in it, or of the others."""
-    found, files = pictures.find_images([folder]), {}
+    found, files = find_images([folder]), {}
     for path in sorted(found, key=is_named_result) if results else without_results(found, beside=True):
         name = str(Path(relative(path, folder)).with_suffix(""))
         if results and is_named_result(path):

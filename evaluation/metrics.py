@@ -194,5 +194,5 @@ def optional(package, what, least=""):
 
 
 def numbers(version):
-    """ "0.4.0" -> [0, 4, 0], to compare two versions."""
+    """A version as numbers, "0.4.0" -> [0, 4, 0], to compare two."""
     return [int(part) for part in re.findall(r"\d+", version)]

@@ -17,6 +17,7 @@ from evaluation.tables import TITLES, interval, markdown, write_csv, write_text
 from plumbing import pictures
 from plumbing.commands import say
 from plumbing.devices import prepare, synchronize
+from plumbing.files import make_folder
 from plumbing.presets import locate
 from restore import restore
 from student import Student, decode, encode
@@ -133,7 +134,7 @@ class Measures:
     def keep(self, scratch, row, i, x):
         """Saves a picture for the measures of sets."""
         if self.sets:
-            pictures.write_image(pictures.make_folder(folder_of(scratch, row)) / f"{i:05d}.png", x)
+            pictures.write_image(make_folder(folder_of(scratch, row)) / f"{i:05d}.png", x)
 
     def of_set(self, folder, reference, scratch):
         return set_metrics(folder, reference, self.sets, self.device, scratch) if self.sets else {}
@@ -161,7 +162,7 @@ def quality(rows, tables, out, measures):
 
     rows, tables: from clean_faces or given_faces; measures: Measures. Both files grow table by table.
     """
-    pictures.make_folder(out)
+    make_folder(out)
     lines, texts = [], []
     for level, title, _, faces in tables:
         done, sets = measures(rows, faces, out)

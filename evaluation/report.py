@@ -16,6 +16,7 @@ from evaluation.quality import CEILING, timed
 from evaluation.tables import DIGITS, TITLES, write_text
 from plumbing import pictures
 from plumbing.commands import say
+from plumbing.files import make_folder
 
 MAX_BYTES = 100e6
 PAGE = Path(__file__).with_suffix(".html")
@@ -23,7 +24,7 @@ PAGE = Path(__file__).with_suffix(".html")
 
 def report(rows, tables, out, measures):
     """Writes the page to the file `out`. rows, tables: from quality.clean_faces or given_faces; measures: quality.Measures."""
-    pictures.make_folder(out.parent)
+    make_folder(out.parent)
     rows = {name: method for name, method in rows.items() if name != CEILING}
     ((_, title, count, found),) = tables
     limit = 0.74 * MAX_BYTES / (count * (len(rows) + 1))  # a picture; in base64 three bytes are four

@@ -4,7 +4,7 @@ import csv
 import io
 
 from evaluation.metrics import mean_interval
-from plumbing.pictures import make_folder, write_bytes
+from plumbing.files import make_folder, write_bytes
 
 TITLES = {  # which variant is measured stands beside the name
     "psnr": "PSNR (RGB) ↑",

@@ -18,12 +18,12 @@ def generator(*key):
 class Batches:
     """Step s takes places s B ... (s + 1) B - 1 of an endless row of shuffled epochs; a process takes its share of them.
 
-    n: pictures; batch: B, over all processes; steps first + 1 ... last. Yields lists of indices, `accumulate` a step.
+    n: pictures; batch: B, over all processes; `steps`, a range, may be set later. Yields lists of indices, `accumulate` a step.
     ValueError if B cannot be shared evenly.
     """
 
-    def __init__(self, n, batch, seed, first, last, rank=0, world=1, accumulate=1):
-        self.n, self.batch, self.seed, self.steps = n, batch, seed, range(first, last)
+    def __init__(self, n, batch, seed, rank=0, world=1, accumulate=1, steps=range(0)):
+        self.n, self.batch, self.seed, self.steps = n, batch, seed, steps
         self.rank, self.parts = rank, (world, accumulate)
         if batch % (world * accumulate):
             parts = f"{batch} and {world} x {accumulate}"

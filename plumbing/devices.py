@@ -8,15 +8,15 @@ import torch
 import torch.distributed as dist
 
 
-def choose_device(name="auto"):
-    """torch.device for "auto", "cpu", "cuda" or "mps"; of several GPUs the one of this torchrun process.
+def choose_device(name="auto", known=("cuda", "mps", "cpu")):
+    """torch.device for "auto" (the first of `known` that is there) or a name; of several GPUs the one of this torchrun process.
 
     Sets what all scripts share: TF32 products in float32 on a GPU (nothing changes on a CPU), and in cuDNN the same kernels in
     every run. ValueError if the machine has no such device, or fewer GPUs than processes.
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = next(device for device, ok in there.items() if ok)
+        name = next(device for device in known if there[device])
     if not there[name]:
         raise ValueError(f"expected a device that this machine has, got --device {name}: use --device auto or cpu")
     if name != "cuda":
@@ -34,12 +34,12 @@ def choose_device(name="auto"):
 
 
 # Parameters from which bf16 is faster on a CPU with AMX. Measured in CPU time, bf16 over float32: 0.36 for the published HDiT
-# (160 million), 0.60 for its SwinIR (16 million); 0.95 to 1.0 for the tiny student (11 million) and teacher (5 million).
+# (160 million), 0.60 for its SwinIR (16 million); 0.95 to 1.0 for the tiny student (20 million) and teacher (6 million).
 LARGE = 50_000_000
 
 
 def precision_of(name, device, parameters):
-    """ "fp32" or "bf16" for the same or "auto": bf16 on a GPU, and on a CPU with AMX for a network that is large.
+    """The precision, "fp32" or "bf16". "auto": bf16 on a CUDA GPU, and on a CPU with AMX for a network of LARGE or more.
 
     A function of the machine and the size alone, never of a timing, so that the same machine gives the same bytes.
     """
@@ -92,10 +92,10 @@ def cores_a_process():
 
 
 def workers_for(network, device):
-    """How many pictures are restored at the same time, each on one core: as many as cores, at most four, for a small network
-    on a CPU. None for others, and for a function, which may be many steps: one picture at a time, on all cores.
+    """Threads that restore pictures side by side, one core each: as many as cores, at most four, for a small network on a CPU.
 
-    On how many cores a picture is computed shows in its last bit. So a small network always takes one, alone and in a folder.
+    None for other networks and for functions, which may be many steps: one picture at a time, on all cores. The last bit of a
+    picture depends on the number of cores. So a small network always takes one, for a single picture too.
     """
     small = isinstance(network, torch.nn.Module) and sum(p.numel() for p in network.parameters()) < LARGE
     return min(4, cores_a_process()) if small and torch.device(device).type == "cpu" else None

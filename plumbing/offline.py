@@ -60,7 +60,8 @@ def write_json(path, value):
 
 def begin(out, settings, rank):
     """Writes settings.json into a new cache, or compares with the one there; ValueError if they differ."""
-    if not (out / "meta.json").exists():  # a finished one may well be on a disk that is read-only
+    done = (out / "meta.json").exists()
+    if not done:  # a finished one may well be on a disk that is read-only
         make_folder(out)
     while rank and not (out / "settings.json").exists():
         time.sleep(0.1)
@@ -69,9 +70,7 @@ def begin(out, settings, rank):
         if any(not path.name.endswith(".tmp") for path in out.iterdir()):
             raise ValueError(f"expected a new or empty folder or a cache, got {out}: choose another --out")
         return write_json(out / "settings.json", settings)
-    done = (
-        out / "meta.json"
-    ).exists()  # what is finished stays good when libraries change, or this program learns a setting
+    # what is finished stays good when libraries change, or this program learns a setting
     known = [key for key in settings if not (done and (key == "versions" or key not in before))]
     keys = [key for key in known if before.get(key) != settings[key]]
     if keys:
@@ -91,10 +90,10 @@ def make_shards(todo, make, settings, workers, rank):
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     bar = tqdm(total=sum(map(len, todo.values())), unit=" samples", disable=bool(rank or not todo), smoothing=0.05)
     try:
-        queue = deque(
-            (path, deque(jobs[i : i + batch] for i in range(0, len(jobs), batch))) for path, jobs in todo.items()
-        )
-        queue = deque((path, deque(pool.submit(make, jobs, settings, lock) for jobs in parts)) for path, parts in queue)
+        queue = deque()
+        for path, jobs in todo.items():
+            parts = (jobs[i : i + batch] for i in range(0, len(jobs), batch))
+            queue.append((path, deque(pool.submit(make, part, settings, lock) for part in parts)))
         while queue:
             path, parts = queue.popleft()
             done = []

@@ -3,7 +3,7 @@
 Pictures are tensors (3, H, W), float32 in [0, 1], sRGB, row 0 at the top. Files are recognised by what is in them, so a
 PNG named .jpg is read as the PNG it is. What a file holds beside the colours stays with them in a Picture.
 
-Usage: for path in find_images(["folder", "face.png"]): write_image(out / path.name, read_image(path))
+Usage: write_image("copy.png", read_image("face.jpg"))
        picture = read_picture("face.png"); write_result("face_restored.png", x_hat, like=picture)
 """
 
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, PngImagePlugin
 
 from plumbing.colours import SRGB, to_srgb
-from plumbing.files import NEEDS, SUFFIXES, find_images, make_folder, read_file, sync, write_bytes  # noqa: F401
+from plumbing.files import NEEDS, SUFFIXES, read_file, write_bytes
 from plumbing.metadata import keep_exif, mark
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP") + (() if ".avif" in NEEDS else ("AVIF",))

@@ -9,6 +9,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# What arguments choose from; here, since they are parsed before the scripts import torch
+RANGES = ("difface", "gfpgan", "codeformer", "codeformer-large", "realesrgan")  # of degrade.py
+LEVELS = ("light", "medium", "heavy")
+ADAPTERS = ("zero-linear", "scalar-gate", "none")  # of adapter.py
+ENTRIES = ("mean", "clean", "noised")  # of student.py
+
 PRESETS = {
     "paper": {
         "preset": "paper",
@@ -46,7 +52,7 @@ PRESETS = {
 
 
 def load_config(name):
-    """ "tiny", "paper", or a checkpoint's or run's folder -> the dict of settings. ValueError, FileNotFoundError otherwise."""
+    """The settings of "tiny", "paper", or a checkpoint's or run's folder, a dict. ValueError, FileNotFoundError otherwise."""
     if name in PRESETS:
         return json.loads(json.dumps(PRESETS[name]))  # a copy that no caller can change
     path = newest_checkpoint(name) / "config.json"
@@ -60,7 +66,7 @@ def load_config(name):
         raise ValueError(
             f"expected a DirectFlow checkpoint in {path.parent}, its config.json names no preset and stage: name another"
         )
-    return config
+    return {"entry": "clean"} | config  # checkpoints that name none were trained this way
 
 
 def newest_checkpoint(folder):

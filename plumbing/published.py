@@ -21,11 +21,15 @@ from safetensors.torch import load_file, save
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 from nets.autoencoder import PCAAutoencoder
-from plumbing.pictures import make_folder, write_bytes
+from plumbing.files import make_folder, write_bytes
 from plumbing.presets import ROOT, locate
 
 # Never a pickle. Without accelerate, which is optional, diffusers fills a network with random numbers before it reads the file.
-READ = {"torch_dtype": torch.float32, "use_safetensors": True, "low_cpu_mem_usage": is_accelerate_available()}
+FROM_PRETRAINED = {
+    "torch_dtype": torch.float32,
+    "use_safetensors": True,
+    "low_cpu_mem_usage": is_accelerate_available(),
+}
 LPIPS_FEATURES = ROOT / "tiny" / "lpips_alex.safetensors"
 
 
@@ -53,7 +57,9 @@ def fetch(name, file):
 
 def read(cls, config, part):
     """A frozen diffusers network, the `part` of config["base"]. ValueError if its file lacks weights; diffusers is silent."""
-    module, keys = cls.from_pretrained(locate(config["base"]), subfolder=part, output_loading_info=True, **READ)
+    module, keys = cls.from_pretrained(
+        locate(config["base"]), subfolder=part, output_loading_info=True, **FROM_PRETRAINED
+    )
     if keys["missing_keys"]:
         raise ValueError("weights that its config asks for are not in it")
     return module.eval().requires_grad_(False)

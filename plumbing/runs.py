@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from plumbing import pictures
+from plumbing import files, pictures
 from plumbing.presets import load_config
 from plumbing.shards import weights_sha256
 
@@ -52,7 +52,7 @@ def cache_identity(meta):
 
 def check_settings(folder, now):
     """ValueError that names the first setting of the checkpoint that differs from `now`."""
-    config = {"entry": "clean"} | load_config(folder)
+    config = load_config(folder)
     for name, value in now.items():
         if name == "init" and value and os.path.realpath(value) == os.path.realpath(config.get(name) or ""):
             continue  # a path may be relative in one run and absolute in the next
@@ -100,7 +100,7 @@ def alone(out, rank):
     if rank or not fcntl:
         yield
         return
-    handle = os.open(pictures.make_folder(out), os.O_RDONLY)
+    handle = os.open(files.make_folder(out), os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -137,11 +137,11 @@ def write(out, step, fill, keep=2):
             goes_on = f"goes on from {steps_in(out)[-1]}" if steps_in(out) else "begins anew"
             raise OSError(f"could not write {final} ({e}): make room, the same command {goes_on}") from e
         for path in [*temporary.rglob("*"), temporary]:
-            pictures.sync(path)
+            files.sync(path)
         if final not in steps_in(out):
             shutil.rmtree(final, ignore_errors=True)  # of that name, but no checkpoint
             os.replace(temporary, final)
-        pictures.sync(out)
+        files.sync(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in {*out.glob("step-??????")} - {*steps_in(out)[-keep:]}:
@@ -237,7 +237,7 @@ def trim(path, step):
     if path.is_file():
         whole = [line for line in path.read_text().splitlines() if line.startswith("{") and line.endswith("}}")]
         kept = "".join(line + "\n" for line in whole if json.loads(line)["step"] <= step)
-        pictures.write_bytes(path, kept.encode())  # whole or not at all: a run can be killed here, too
+        files.write_bytes(path, kept.encode())  # whole or not at all: a run can be killed here, too
 
 
 @torch.no_grad()

@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-from plumbing.pictures import decode_image, write_bytes
+from plumbing.files import write_bytes
+from plumbing.pictures import decode_image
 
 CHECKED = 8  # samples a shard whose latent `check` decodes
 MIN_PSNR = 18.0  # dB, decoded target latent against X†; two faces have at most about 16 to each other

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import degrade
+from plumbing import presets
 from plumbing.pictures import to_uint8, write_image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -197,10 +198,10 @@ def test_difface_ranges_are_those_of_the_teacher():
     r = degrade.RANGES["difface"]
     assert (r.kernel, r.isotropic, r.blur, r.down) == (41, 0.5, (0.1, 15), (0.8, 32))
     assert (r.noise, r.jpeg, r.gray) == ((0, 20), (30, 100), 0.01)
-    assert set(degrade.RANGES) == set(degrade.RANGE_NAMES) and set(degrade.LEVELS) == set(degrade.LEVEL_NAMES)
+    assert tuple(degrade.RANGES) == presets.RANGES and tuple(degrade.LEVELS) == presets.LEVELS
 
 
-@pytest.mark.parametrize("name", [name for name in degrade.RANGE_NAMES if name != "realesrgan"])
+@pytest.mark.parametrize("name", [name for name in presets.RANGES if name != "realesrgan"])
 def test_draws_fill_their_ranges(name):
     r, rng = degrade.RANGES[name], np.random.default_rng(0)
     drawn = [degrade.sample(rng, name) for _ in range(4000)]
@@ -284,7 +285,7 @@ def test_spatial_ranges_scale_with_the_size():
 def test_levels_are_fixed_scaled_and_ordered():
     x = torch.from_numpy(np.asarray(Image.open(ROOT / "samples/clean/hopper.png").convert("RGB")) / 255.0)
     x = x.permute(2, 0, 1).float()
-    errors = [(degrade.apply(x, degrade.level(name)) - x).square().mean() for name in degrade.LEVEL_NAMES]
+    errors = [(degrade.apply(x, degrade.level(name)) - x).square().mean() for name in presets.LEVELS]
     assert errors[0] < errors[1] < errors[2]
     medium, small = degrade.LEVELS["medium"], degrade.level("medium", size=128, seed=4)
     assert (small.sigma_x, small.down, small.noise, small.jpeg) == (
@@ -306,7 +307,7 @@ def test_gray_samples_are_gray_and_so_is_their_target():
 
 
 def test_parameters_survive_json():
-    for ranges in degrade.RANGE_NAMES:
+    for ranges in presets.RANGES:
         params = degrade.sample(np.random.default_rng(1), ranges)
         assert degrade.Params(**json.loads(json.dumps(dataclasses.asdict(params)))) == params
 

@@ -678,8 +678,6 @@ def test_help_and_wrong_arguments_answer_within_a_second():
 
 
 def test_the_choices_are_those_of_the_modules():
-    assert evaluate.RANGES == degrade.RANGE_NAMES == tuple(degrade.RANGES)
-    assert evaluate.LEVELS == ("default", *degrade.LEVELS) == ("default", *degrade.LEVEL_NAMES)
     assert evaluate.METRICS == (*metrics.PAIRED, *metrics.SETS, *metrics.NO_REFERENCE)
     assert (evaluate.PAIRED, evaluate.SETS) == (metrics.PAIRED, metrics.SETS) and set(evaluate.METRICS) < set(
         tables.TITLES

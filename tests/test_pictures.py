@@ -232,7 +232,7 @@ def test_further_kinds_of_files_are_read(tmp_path, suffix, kind):
     if suffix not in files.READ and suffix == ".avif":
         pytest.skip("this Pillow has no AVIF")
     (tmp_path / f"a{suffix}").write_bytes(file_of(mutate.picture(), kind, quality=95))
-    (path,) = pictures.find_images(tmp_path)
+    (path,) = files.find_images(tmp_path)
     x = pictures.read_image(path)
     assert (x - tensor(np.asarray(mutate.picture()))).abs().max() < (0.06 if kind in ("JPEG", "AVIF") else 1e-6)
 

@@ -15,6 +15,7 @@ from torchvision.transforms import InterpolationMode
 
 import student
 from adapter import SemanticAdapter
+from plumbing import presets
 from plumbing.presets import PRESETS, ROOT, locate
 from student import LORA_TARGETS, Student
 
@@ -71,7 +72,7 @@ def test_eq5_x0_inverts_the_forward_noising():
     assert torch.allclose(x_0, z, atol=1e-5)
 
 
-@pytest.mark.parametrize("entry", student.ENTRIES)
+@pytest.mark.parametrize("entry", presets.ENTRIES)
 def test_eq5_one_step_is_one_lcm_scheduler_step(small, y, entry):
     """From each entry: z_tau is what the scheduler's forward process makes of z_y, z what its one step at 499 makes of eps."""
     scheduler = LCMScheduler(

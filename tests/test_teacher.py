@@ -508,9 +508,9 @@ def refused(source, error, *words):
 def test_load_a_published_folder(tmp_path):
     pmrf, y = small_pmrf(), torch.rand(1, 3, 64, 64)
     loaded = PMRF.from_pretrained(write_folder(tmp_path / "hub", *published(pmrf)))
-    assert (loaded.sigma_s, loaded.steps, loaded.t_eps, loaded.training) == (0.2, 25, 0.1, False)
-    pmrf.t_eps = 0.1
-    assert torch.equal(loaded.restore(y, steps=3), pmrf.restore(y, steps=3, sigma_s=0.2))
+    assert (loaded.sigma_s, loaded.t_eps, loaded.training) == (0.2, 0.1, False)
+    pmrf.sigma_s, pmrf.t_eps = 0.2, 0.1
+    assert torch.equal(loaded.restore(y, steps=3), pmrf.restore(y, steps=3))
 
 
 def test_offline_hub_is_one_line(tmp_path, monkeypatch):
@@ -572,8 +572,8 @@ def test_load_a_lightning_checkpoint_with_its_average(tmp_path):
     pmrf, y = small_pmrf(), torch.rand(1, 3, 64, 64)
     torch.save(lightning(pmrf), tmp_path / "last.ckpt")
     loaded = PMRF.from_pretrained(str(tmp_path / "last.ckpt"))
-    pmrf.t_eps = 0.1
-    assert torch.equal(loaded.restore(y, 3, seed=4), pmrf.restore(y, 3, seed=4, sigma_s=0.2))
+    pmrf.sigma_s, pmrf.t_eps = 0.2, 0.1
+    assert torch.equal(loaded.restore(y, 3, seed=4), pmrf.restore(y, 3, seed=4))
 
 
 class Code:

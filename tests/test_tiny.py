@@ -217,26 +217,18 @@ def test_arrays_that_were_being_written_are_finished(tmp_path):
 
 def test_the_readmes_chain_on_the_sample_portraits(tmp_path):
     """Folder of faces -> cache -> Stage A -> Stage B -> restored picture, with the commands' own main functions."""
-    assert (
-        cache.main(
-            cache.parse_args(["--data", str(ROOT / "samples" / "clean"), "--out", str(tmp_path / "c"), "--steps", "2"])
-        )
-        == 0
-    )
-    a, b, more = (
-        tmp_path / "a",
-        tmp_path / "b",
-        ["--cache", str(tmp_path / "c"), "--batch", "2", "--sgcl-every", "2", "--log-every", "1"],
-    )
-    assert train.main(train.parse_args(["--stage", "A", "--out", str(a), "--steps", "4", "--lr", "5e-5", *more])) == 0
-    assert train.main(train.parse_args(["--stage", "B", "--init", str(a), "--out", str(b), "--steps", "1", *more])) == 0
+
+    def call(script, *arguments):
+        assert script.main(script.parse_args(list(map(str, arguments)))) == 0
+
+    a, b, out, lq = tmp_path / "a", tmp_path / "b", tmp_path / "x.png", ROOT / "samples/degraded/medium/collins.png"
+    more = ["--cache", tmp_path / "cache", "--batch", 2, "--sgcl-every", 2, "--log-every", 1]
+    call(cache, "--data", ROOT / "samples" / "clean", "--out", tmp_path / "cache", "--steps", 2)
+    call(train, "--stage", "A", "--out", a, "--steps", 4, "--lr", 5e-5, *more)
+    call(train, "--stage", "B", "--init", a, "--out", b, "--steps", 1, *more)
+    call(restore, lq, "--checkpoint", b, "-o", out)
     log = [json.loads(line) for line in (a / "log.jsonl").read_text().splitlines()]
-    steady = [
-        sum(line["weighted"][term] for term in ("lat", "lpips", "l1")) for line in log
-    ]  # SGCL is in every other step
+    steady = [sum(line["weighted"][term] for term in ("lat", "lpips", "l1")) for line in log]  # SGCL comes and goes
     assert steady[-1] < steady[0]  # at a small rate, on the same two pictures in every step
     assert json.loads((steps_in(b)[-1] / "config.json").read_text())["stage"] == "B"
-    lq = ROOT / "samples" / "degraded" / "medium" / "collins.png"
-    out = tmp_path / "restored.png"
-    assert restore.main(restore.parse_args([str(lq), "--checkpoint", str(b), "-o", str(out)])) == 0
     assert read_image(out).shape == read_image(lq).shape and not torch.equal(read_image(out), read_image(lq))

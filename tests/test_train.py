@@ -304,7 +304,8 @@ def test_each_stage_begins_at_the_presets_rate(small_cache, tmp_path):
 def test_any_seed_below_2_to_the_63_works_and_others_are_refused(small_cache, tmp_path):
     run_here(*arguments(small_cache, tmp_path / "x", "--steps", "1", "--sgcl-every", "1", "--seed", str(2**63 - 1)))
     assert log(tmp_path / "x")[0]["raw"]["sgcl"] > 0
-    assert list(Batches(10, 4, 2**63 - 1, 10**6, 10**6 + 2)) != list(Batches(10, 4, 2**62, 10**6, 10**6 + 2))
+    far = range(10**6, 10**6 + 2)
+    assert list(Batches(10, 4, 2**63 - 1, steps=far)) != list(Batches(10, 4, 2**62, steps=far))
     for wrong in (["--seed", "-1"], ["--seed", str(2**63)], ["--seed", "²"], ["--lr", "nan"], ["--lambda-l1", "-1"],
                   ["--steps", "1000000"], ["--lambda-lat", "0", "--lambda-lpips", "0", "--lambda-l1", "0", "--lambda-sgcl",
                   "0"]):  # fmt: skip
@@ -347,14 +348,14 @@ def test_a_run_goes_on_with_its_own_cache_networks_and_settings_alone(small_conf
 
 
 def test_batches_depend_on_seed_and_step_alone():
-    whole = list(Batches(10, 4, 0, 0, 9))
-    assert whole[3:] == list(Batches(10, 4, 0, 3, 9))  # a resumed sampler goes on where it was
+    whole = list(Batches(10, 4, 0, steps=range(9)))
+    assert whole[3:] == list(Batches(10, 4, 0, steps=range(3, 9)))  # a resumed sampler goes on where it was
     assert sorted(sum(whole, [])[:10]) == list(range(10))  # an epoch sees each picture once
-    halves = [list(Batches(10, 4, 0, 0, 9, rank, 2)) for rank in (0, 1)]
+    halves = [list(Batches(10, 4, 0, rank, 2, steps=range(9))) for rank in (0, 1)]
     assert [a + b for a, b in zip(*halves, strict=True)] == whole
-    quarters = list(Batches(10, 4, 0, 0, 9, accumulate=2))
+    quarters = list(Batches(10, 4, 0, accumulate=2, steps=range(9)))
     assert [a + b for a, b in zip(quarters[::2], quarters[1::2], strict=True)] == whole
-    assert list(Batches(10, 4, 1, 0, 9)) != whole
+    assert list(Batches(10, 4, 1, steps=range(9))) != whole
 
 
 def gap(a, b, kind):

@@ -19,7 +19,8 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from plumbing.pictures import write_bytes
+from plumbing.files import write_bytes
+from train import update_ema
 
 LOG_EVERY = 20  # steps; only these wait for a GPU
 SAVE_EVERY = 60  # seconds
@@ -31,7 +32,7 @@ class Recipe(NamedTuple):
     lr: float  # of AdamW, after the warm-up
 
 
-def fit(name, model, loss_fn, save, recipe, seed, bf16, decay=0.999):
+def fit(name, model, loss_fn, save, recipe, seed, bf16):
     """Trains model and hands its average to save(average), about once a minute and at the end.
 
     loss_fn(step) -> (loss, {name: figure for the log}), scalar tensors. The same call goes on from the last saved state.
@@ -56,7 +57,7 @@ def fit(name, model, loss_fn, save, recipe, seed, bf16, decay=0.999):
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        update_average(average, model, min(decay, step / (step + 10)))
+        update_ema(dict(average.named_parameters()), dict(model.named_parameters()), step)
         if step % LOG_EVERY and step < recipe.steps:
             continue
         if not torch.isfinite(loss):
@@ -74,11 +75,6 @@ def fit(name, model, loss_fn, save, recipe, seed, bf16, decay=0.999):
 def learning_rate(step, recipe):
     """Up in 50 steps, then down along a cosine to a fiftieth."""
     return recipe.lr * min(1, step / 50) * (0.51 + 0.49 * math.cos(math.pi * step / recipe.steps))
-
-
-@torch.no_grad()
-def update_average(average, model, decay):
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
 # --- the state ----------------------------------------------------------------------------------------------------------

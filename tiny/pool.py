@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import degrade
-from plumbing import pictures
+from plumbing import files, pictures
 from plumbing.presets import load_config
 from plumbing.shards import weights_sha256
 
@@ -57,7 +57,7 @@ def degradation_numbers(params):
 def make_pair(picture, seed, face, view):
     """One view of a square PIL picture: (clean, degraded) uint8 (3, SIZE, SIZE) and the degradation's numbers.
 
-    A function of (seed, face, view) and the picture alone. A gray sample has a gray target, as in the cache.
+    A function of (seed, face, view) and the picture alone. A gray sample has a gray original.
     """
     rng = np.random.default_rng([seed, face, view])
     plain = np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.LANCZOS)).transpose(2, 0, 1)
@@ -108,7 +108,7 @@ def fill(folder, record, made_of, n, rows_from):
             array = open_memmap(folder / f"{name}.npy", mode, None if done else values.dtype, None if done else shape)
             array[done : done + len(values)] = values
         done += len(values)
-        pictures.write_bytes(record, json.dumps({**made_of, "rows": done}).encode())
+        files.write_bytes(record, json.dumps({**made_of, "rows": done}).encode())
 
 
 class Pool:
@@ -119,7 +119,7 @@ class Pool:
 
     def __init__(self, data, folder, seed, device):
         self.folder, self.device, self.seed, self.arrays = folder, device, seed, {}
-        faces = [path for each in data for path in pictures.find_images([each])]
+        faces = [path for each in data for path in files.find_images([each])]
         if not faces:
             where = ", ".join(map(str, data))
             raise ValueError(

@@ -3,8 +3,8 @@
     python -m tiny.pretrain vae clip dino unet --data DIR...
     python -m tiny.pretrain posterior-mean flow --data DIR...
 
-From folders of aligned faces; in each line later parts use earlier ones, and the two can run side by side once the first
-has made the pool of training pairs (runs/pool). The same command goes on where it was stopped. tiny/README.md has the
+From folders of aligned faces. Within a line, later parts need earlier ones. Once the first line has made the pool of training
+pairs (runs/pool), the second can run beside it. The same command goes on where it was stopped. tiny/README.md has the
 commands and figures of the weights in this folder.
 
     vae              tiny/base/vae    PCAAutoencoder: pixel loss alone, then LPIPS, with a little noise on the latents
@@ -138,7 +138,7 @@ def save_module(module, folder):
 # --- feature backbones --------------------------------------------------------------------------------------------------
 
 VIT = "vit_tiny_r_s16_p8_224"  # a convolutional stem and a token for 16 x 16 pixels
-WIDTH, CLIP_SIZE, DINO_SIZE = 128, SIZE // 2, SIZE  # at half the size noise and JPEG blocks are gone
+WIDTH, CLIP_SIZE, DINO_SIZE = 128, SIZE // 2, SIZE  # the reduction to half would blur fine noise
 
 
 class WithHeads(nn.Module):
@@ -259,8 +259,8 @@ SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 def train_unet(args, pool, recipe, bf16):
     """The base: eps predicted from alpha_t z + sigma_t eps at every t, given the CLIP tokens of the face as caption.
 
-    Half of each batch are degraded latents in the place of noisy ones: at tau the UNet gets what the student's one step gives
-    it, and eps is what leads from there to z. Stage A then starts from a base that restores already.
+    In half of each batch t = tau, and the degraded latent enters as in the student's one step (`enter`). Its eps leads from
+    there to z. So Stage A starts from a base that restores.
     """
     vae = PCAAutoencoder.from_pretrained(args.out / "base" / "vae").to(pool.device)
     clip = timm.create_model(f"local-dir:{args.out / 'clip'}", pretrained=True).eval().to(pool.device)
@@ -298,15 +298,15 @@ def train_unet(args, pool, recipe, bf16):
 
 
 def work(args):
-    device = choose_device("auto")
+    device = choose_device(known=("cuda", "cpu"))
     pool = Pool(args.data, Path("runs/pool"), args.seed, device)
     bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
     train = {"vae": train_vae, "decoder": train_decoder, "clip": train_clip, "dino": train_dino,
              "posterior-mean": train_posterior_mean, "flow": train_flow, "unet": train_unet}  # fmt: skip
+    given = {name: value for name in ("steps", "batch") if (value := getattr(args, name))}
     for part in args.parts:
-        given = {"steps": args.steps, "batch": args.batch}
         torch.manual_seed(args.seed)
-        train[part](args, pool, RECIPES[part]._replace(**{k: v for k, v in given.items() if v}), bf16)
+        train[part](args, pool, RECIPES[part]._replace(**given), bf16)
 
 
 def main(args):
