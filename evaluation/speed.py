@@ -172,7 +172,8 @@ def measure(run, way, repeats, device, batch):
         run = as_graph(run)
     if way == COMPILED:
         run = torch.compile(run, mode="reduce-overhead" if device.type == "cuda" else "default")
-    run(), run(), run()  # compiled at the first, recorded as a graph at the second
+    if way:
+        run(), run(), run()  # compiled at the first, recorded as a graph at the second
     synchronize(device)
     prepared = time.perf_counter() - start
     memory = working_memory(run, device)
