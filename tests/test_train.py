@@ -1,5 +1,6 @@
 """The two stages: what moves and what must not, Eq. 6 end to end, resuming, several processes, and bad input."""
 
+import functools
 import json
 import os
 import shutil
@@ -29,12 +30,14 @@ from teacher import PMRF
 from train import Run
 
 ROOT = Path(__file__).resolve().parent.parent
+LPIPS = functools.cache(load_lpips)
 
 
 @pytest.fixture(autouse=True)
 def script(monkeypatch):
-    """Faults begin with the script's name, as on the command line."""
+    """Faults begin with the script's name, as on the command line. LPIPS, frozen, is loaded once for all tests."""
     monkeypatch.setattr(commands, "SCRIPT", "train.py")
+    monkeypatch.setattr(train, "load_lpips", LPIPS)
 
 
 @pytest.fixture(scope="session")
