@@ -45,8 +45,8 @@ def trying(jobs, remedy="make it smaller"):
 def overlapped(batches, read, work, write, workers=None):
     """Yields each list of jobs after its three steps, in order. Reads one list ahead and writes one behind, in two threads.
 
-    workers: threads for work, each of which computes on one core; None: the caller's own, on all cores. Three lists more than
-    there are workers are in memory at a time, however many come. When the caller is interrupted, what has begun is finished.
+    workers: threads for work, each of which computes on one core; None: the caller's own, on all cores. At most 4 + workers
+    lists are in memory, however many come. When the caller is interrupted, what has begun is finished.
     """
 
     def worked(batches):

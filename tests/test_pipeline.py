@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from plumbing import devices
 from plumbing.pipeline import Job, overlapped, trying
 
 
@@ -34,7 +35,8 @@ def test_steps_come_in_order_and_each_once():
     assert list(overlapped([], nothing, nothing, nothing)) == []
 
 
-def test_memory_does_not_grow_with_the_number_of_pictures():
+@pytest.mark.parametrize("workers", [None, 1, 3])
+def test_memory_does_not_grow_with_the_number_of_pictures(workers):
     alive, most = weakref.WeakSet(), 0
 
     class Batch(list):
@@ -46,9 +48,9 @@ def test_memory_does_not_grow_with_the_number_of_pictures():
             alive.add(batch)
             yield batch
 
-    for _ in overlapped(batches(), nothing, nothing, nothing):
+    for _ in overlapped(batches(), nothing, nothing, nothing, workers):
         most = max(most, len(alive))
-    assert most <= 4
+    assert most <= 4 + (workers or 0)
 
 
 @pytest.mark.parametrize("step", range(3))
@@ -80,3 +82,12 @@ def test_several_workers_work_at_the_same_time_on_one_core_each_and_keep_the_ord
 
     assert list(overlapped([[k] for k in range(9)], nothing, work, nothing, workers=3)) == [[k] for k in range(9)]
     assert threads == [1] * 9
+
+
+def test_a_small_network_takes_one_core_a_picture_and_others_all_cores(monkeypatch):
+    monkeypatch.setattr(devices, "cores_a_process", lambda: 16)
+    network = torch.nn.Linear(2, 2)  # six parameters
+    assert devices.workers_for(network, "cpu") == 4
+    assert devices.workers_for(network, "cuda") is devices.workers_for(lambda y: y, "cpu") is None
+    monkeypatch.setattr(devices, "LARGE", 6)
+    assert devices.workers_for(network, "cpu") is None
