@@ -1,5 +1,6 @@
 """Reading and writing beside the network: order, concurrency, memory, faults."""
 
+import io
 import threading
 import weakref
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from plumbing import devices
-from plumbing.pipeline import Job, overlapped, trying
+from plumbing.pipeline import Job, overlapped, progress, trying
 
 
 def nothing(jobs):
@@ -91,3 +92,13 @@ def test_a_small_network_takes_one_core_a_picture_and_others_all_cores(monkeypat
     assert devices.workers_for(network, "cuda") is devices.workers_for(lambda y: y, "cpu") is None
     monkeypatch.setattr(devices, "LARGE", 6)
     assert devices.workers_for(network, "cpu") is None
+
+
+@pytest.mark.parametrize("pictures, terminal", [(3, True), (1, True), (3, False)])
+def test_a_bar_shows_the_rate_of_several_pictures_on_a_terminal(monkeypatch, pictures, terminal):
+    stderr = io.StringIO()
+    stderr.isatty = lambda: terminal
+    monkeypatch.setattr("sys.stderr", stderr)
+    assert list(progress([[k] for k in range(pictures)], pictures)) == [[k] for k in range(pictures)]
+    shown = stderr.getvalue()
+    assert ("3/3" in shown and "pictures/s" in shown) if pictures > 1 and terminal else not shown
