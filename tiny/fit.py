@@ -7,6 +7,7 @@ to go on: runs/tiny_NAME.safetensors, written about once a minute, whole or not 
     fit("vae", vae, loss_fn, save, Recipe(steps=800, batch=32, lr=1e-3), seed=0, bf16=True)
 """
 
+import contextlib
 import copy
 import json
 import math
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import safetensors.torch
 import torch
 import torch.nn as nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from plumbing.files import write_bytes
@@ -51,7 +53,7 @@ def fit(name, model, loss_fn, save, recipe, seed, bf16):
         torch.manual_seed((seed << 32) + step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, recipe)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with attention(on_gpu), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss, figures = loss_fn(step)
         optimizer.zero_grad()
         loss.backward()
@@ -70,6 +72,11 @@ def fit(name, model, loss_fn, save, recipe, seed, bf16):
             saved = time.monotonic()
     save(average)  # a kill may have come between the state and the weights
     log.close()
+
+
+def attention(on_gpu):
+    """Plain attention on a CPU, whose fused kernel is slow backwards: a step takes 0.78 to 0.99 of the time."""
+    return contextlib.nullcontext() if on_gpu else sdpa_kernel(SDPBackend.MATH)
 
 
 def learning_rate(step, recipe):
