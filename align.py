@@ -25,9 +25,7 @@ def parse_args(argv=None):
     p.add_argument("photos", nargs="+", metavar="PHOTO_OR_FOLDER", help="photos, or folders searched recursively")
     p.add_argument("-o", "--out", type=Path, required=True, metavar="FACES", help="folder for faces and manifest.csv")
     p.add_argument("--size", type=commands.whole(16, 2048), default=512, help="side of a face, pixels (default 512)")
-    p.add_argument(
-        "--landmarks", type=Path, metavar="CSV", help="read the landmarks from a file, do not look for faces"
-    )
+    p.add_argument("--landmarks", type=Path, metavar="CSV", help="the faces' landmarks, do not look for faces")
     return p.parse_args(argv)
 
 

@@ -24,9 +24,7 @@ def parse_args(argv=None):
     p.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="pictures, or folders searched recursively")
     p.add_argument("-o", "--out", type=Path, required=True, metavar="OUT", help="folder for the degraded copies (PNG)")
     how = p.add_mutually_exclusive_group()
-    how.add_argument(
-        "--ranges", choices=presets.RANGES, default="difface", help="draw the parameters (default difface)"
-    )
+    how.add_argument("--ranges", choices=presets.RANGES, default="difface", help="draw them (default difface)")
     how.add_argument("--level", choices=presets.LEVELS, help="fixed parameters instead of drawn ones")
     p.add_argument("--size", type=whole(16, 8192), metavar="N", help="first crop to a square of N px")
     p.add_argument("--seed", type=whole(0), default=0, help="seed of parameters and noise (default 0)")
@@ -87,9 +85,8 @@ def gaussian_kernel(size, sigma_x, sigma_y, theta):
 
 def _gaussian_kernel(size, sigma_x, sigma_y, theta):
     if size < 1 or size % 2 == 0 or not min(sigma_x, sigma_y) > 0:
-        raise ValueError(
-            f"expected an odd size and sigmas > 0, got {size}, {sigma_x}, {sigma_y}: use size + 1, sigma 0.1"
-        )
+        got = f"{size}, {sigma_x}, {sigma_y}"
+        raise ValueError(f"expected an odd size and sigmas > 0, got {got}: use size + 1, sigma 0.1")
     y, x = np.mgrid[:size, :size] - size // 2
     u = (x * math.cos(theta) + y * math.sin(theta)) / sigma_x
     v = (y * math.cos(theta) - x * math.sin(theta)) / sigma_y

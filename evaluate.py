@@ -187,11 +187,9 @@ def speed(args, device):
         student, teacher = Student.load(what, merge=True), PMRF.from_pretrained(locate(config["teacher"]))
     precision = precision_of(args.precision, device, sum(p.numel() for p in student.parameters()))
     student, teacher = (prepare(network, device, precision) for network in (student, teacher))
-    options = dict(one_step=args.one_step, compiled=args.compile)
-    size = args.size or student.image_size
-    header, rows, notes = table(
-        student, teacher, size, device, precision, args.batch, args.steps, args.repeats, **options
-    )
+    size, options = args.size or student.image_size, dict(one_step=args.one_step, compiled=args.compile)
+    options |= dict(batches=args.batch, steps=args.steps, repeats=args.repeats)
+    header, rows, notes = table(student, teacher, size, device, precision, **options)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
     weights = f"random weights in the sizes of {what}" if args.random_weights else what
     text = f"{weights}; {size} px; {precision}; {where}; torch {torch.__version__}; median of {args.repeats} runs\n\n"

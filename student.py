@@ -114,9 +114,8 @@ class Student(nn.Module):
         self.vae, self.clip, self.dino, self.unet, self.has_lora = vae, clip, dino, unet, False
         self.visual_encoder = VisualEncoder(**config["visual_encoder"])
         self.adapter = SemanticAdapter(dino.num_features, unet.config.cross_attention_dim, config["adapter"])
-        self.spatial_encoder = ControlNetModel.from_unet(
-            unet, conditioning_channels=3, conditioning_embedding_out_channels=tuple(config["condition_channels"])
-        )
+        sizes = dict(conditioning_channels=3, conditioning_embedding_out_channels=tuple(config["condition_channels"]))
+        self.spatial_encoder = ControlNetModel.from_unet(unet, **sizes)
         self.eval()
 
     @classmethod

@@ -68,10 +68,8 @@ def ablation(data, cache, out, *, steps, seeds, batch, precision, ranges, limit,
             folder = out / "".join(c if c.isalnum() else "_" for c in row) / f"seed_{seed}"
             common = ["--batch", batch, "--precision", precision, "--seed", seed]
             student = prepare(Student.load(train_row(folder, row, steps, cache, common), merge=True), device)
-            methods = {
-                name: student_row(student, fix, device)
-                for name, fix in (fixes.items() if row == "full" else [(row, "wavelet")])
-            }
+            own_fixes = fixes if row == "full" else {row: "wavelet"}
+            methods = {name: student_row(student, fix, device) for name, fix in own_fixes.items()}
             faces = degraded(found, student.image_size, "default", ranges, seed=0)  # whatever the training seed
             done, of_set = measures(methods, faces, out)
             for name, value in of_set.items():
@@ -104,12 +102,9 @@ def train(folder, steps, cache, options, init=()):
     wanted, note = {"steps": steps, "options": list(map(str, options)), **sources(cache)}, folder / "trained.json"
     if note.is_file():
         before = json.loads(note.read_text())
-        if differ := [
-            f"{key} {before.get(key)} (now {wanted[key]})" for key in wanted if before.get(key) != wanted[key]
-        ]:
-            raise ValueError(
-                f"expected in {folder} a run of these options, got another: {', '.join(differ)}: delete it"
-            )
+        if differ := [f"{key} {before.get(key)} (now {v})" for key, v in wanted.items() if before.get(key) != v]:
+            got = ", ".join(differ)
+            raise ValueError(f"expected in {folder} a run of these options, got another: {got}: delete it")
         newest_checkpoint(folder)
         return
     command = [sys.executable, ROOT / "train.py", "--out", folder, "--steps", steps, "--cache", cache, *options, *init]
@@ -150,9 +145,8 @@ def ablation_table(lines, sets):
     titles = [TITLES[m] for m in (*measured, *next(iter(sets.values()))[0])]
     header = ["", *titles, *(f"{TITLES[m]} minus full's" for m in paired)]
     added = [[name, *cells[row]] for name, row in CUMULATIVE.items() if row in cells]
-    return (
-        f"{markdown(header, [[row, *c] for row, c in cells.items()])}\nFig. 6, cumulative:\n\n{markdown(header, added)}"
-    )
+    whole = markdown(header, [[row, *c] for row, c in cells.items()])
+    return f"{whole}\nFig. 6, cumulative:\n\n{markdown(header, added)}"
 
 
 def signed(mean_low_high, metric):

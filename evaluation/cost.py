@@ -6,24 +6,16 @@ Used by `python evaluate.py cost`. A line of log.jsonl tells the seconds since t
 GPU each. What a run lost when it was killed is not in its log; nor are the cache and the evaluation.
 """
 
-import json
 from pathlib import Path
 
 from evaluation.tables import markdown
+from plumbing.runs import read_log
 
 
 def gpu_hours(run):
     """GPU hours in run/log.jsonl. ValueError if a line does not tell them, FileNotFoundError if there is no log."""
-    path = Path(run) / "log.jsonl"
-    if not path.is_file():
-        raise FileNotFoundError(f"expected the log of a training in {path}, got none: name a folder of train.py")
-    try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        return sum(line["seconds"] * line["processes"] for line in lines) / 3600
-    except (KeyError, TypeError, json.JSONDecodeError):
-        raise ValueError(
-            f"expected seconds and processes in each line of {path}, got one without: train it again"
-        ) from None
+    lines = read_log(Path(run) / "log.jsonl", ("seconds", "processes"))
+    return sum(line["seconds"] * line["processes"] for line in lines) / 3600
 
 
 def cost_table(hours, power, pue, intensity):

@@ -104,10 +104,8 @@ def bridge(m):
     back = decode(m.student.vae, z)
     psnr = m.metrics(back[0].clamp(0, 1), x_target[0])["psnr"]
     channels = [(f"z, channel {i + 1} of {z.shape[1]}", channel(z, i)) for i in range(3)]
-    difference = ("8 times the difference", signed(back - x_target, 8))
-    return [
-        [("T(y), the teacher's picture", x_target), *channels, (f"D(E(T(y)))\n{psnr:.1f} dB to T(y)", back), difference]
-    ]
+    after = [(f"D(E(T(y)))\n{psnr:.1f} dB to T(y)", back), ("8 times the difference", signed(back - x_target, 8))]
+    return [[("T(y), the teacher's picture", x_target), *channels, *after]]
 
 
 # --- Eq. 5: the one step ----------------------------------------------------------------------------------------------
@@ -249,10 +247,8 @@ def figures(out, quality=None, ablation=None):
     ValueError if a CSV is not what evaluate.py writes, OSError if it is not there.
     """
     make_folder(out)
-    plots = {
-        "fig1b-plane.svg": (plane, quality, "quality.csv"),
-        "tab3-ablation.svg": (ablation_bars, ablation, "ablation.csv"),
-    }
+    plots = {"fig1b-plane.svg": (plane, quality, "quality.csv")}
+    plots |= {"tab3-ablation.svg": (ablation_bars, ablation, "ablation.csv")}
     for name, (plot, path, ours) in plots.items():
         if path or (DATA / ours).is_file():
             write_text(out / name, plot(path or DATA / ours))

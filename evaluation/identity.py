@@ -14,7 +14,6 @@ script leaves them out.
 Usage: Identity("arcface.onnx")(x_hat, x)  ->  {"ids": 0.86, "deg": 30.7}
 """
 
-import importlib
 import math
 
 import numpy as np
@@ -22,19 +21,14 @@ import torch
 import torch.nn.functional as F
 
 from degrade import to_gray
+from plumbing.commands import optional
 
 # Eyes, nose and corners of the mouth as fractions of the side: in a face aligned like FFHQ (facexlib's template, 512 px), and
 # in ArcFace's crop (insightface's template, 112 px); both count pixels from the middle of the first
-FFHQ = [
-    [192.98138, 239.94708],
-    [318.90277, 240.1936],
-    [256.63416, 314.01935],
-    [201.26117, 371.41043],
-    [313.08905, 371.15118],
-]
-FFHQ = (np.array(FFHQ) + 0.5) / 512
-ARCFACE = [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
-ARCFACE = (np.array(ARCFACE) + 0.5) / 112
+FFHQ = [192.98138, 239.94708, 318.90277, 240.1936, 256.63416, 314.01935, 201.26117, 371.41043, 313.08905, 371.15118]
+FFHQ = (np.reshape(FFHQ, (5, 2)) + 0.5) / 512
+ARCFACE = [38.2946, 51.6963, 73.5318, 51.5014, 56.0252, 71.7366, 41.5493, 92.3655, 70.7299, 92.2041]
+ARCFACE = (np.reshape(ARCFACE, (5, 2)) + 0.5) / 112
 
 
 class Identity:
@@ -44,12 +38,7 @@ class Identity:
     """
 
     def __init__(self, path):
-        try:
-            runtime = importlib.import_module("onnxruntime")
-        except ImportError:
-            raise ValueError(
-                "expected the package onnxruntime for --identity, which is not installed: pip install onnxruntime"
-            ) from None
+        runtime = optional("onnxruntime", "--identity")
         try:
             self.network = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         except Exception as e:  # onnxruntime has errors of its own for each kind of damage

@@ -9,10 +9,8 @@ Usage: psnr(x_hat, x), ssim(x_hat, x), mean_interval(psnr(x_hat, x))
 """
 
 import collections
-import importlib
 import importlib.util
 import pickle
-import re
 import warnings
 from pathlib import Path
 
@@ -22,15 +20,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 from evaluation.identity import Identity
+from plumbing.commands import optional
 from plumbing.files import READ, find_images
 from plumbing.pictures import resize
 from plumbing.published import load_lpips
 
-PAIRED, SETS, NO_REFERENCE = (
-    ("psnr", "ssim", "mse", "lpips", "lpips-vgg"),
-    ("fid", "kid", "precision"),
-    ("musiq", "niqe"),
-)
+PAIRED, NO_REFERENCE = ("psnr", "ssim", "mse", "lpips", "lpips-vgg"), ("musiq", "niqe")
+SETS = ("fid", "kid", "precision")
 
 
 def psnr(a, b):
@@ -50,9 +46,7 @@ def ssim(a, b, sigma=1.5, window=11, k=(0.01, 0.03)):
     gaussian_weights=True, sigma=1.5, use_sample_covariance=False. ValueError for pictures smaller than the window.
     """
     if min(a.shape[2:]) < window:
-        raise ValueError(
-            f"expected at least {window}x{window} pixels for SSIM, got {tuple(a.shape[2:])}: enlarge the pictures"
-        )
+        raise ValueError(f"expected at least {window}x{window} pixels for SSIM, got {tuple(a.shape[2:])}: enlarge them")
     g = torch.exp(-((torch.arange(window) - window // 2).double() ** 2) / (2 * sigma**2))
     g = (g / g.sum()).to(a.device)
     channels = a.shape[1]
@@ -152,20 +146,11 @@ def set_metrics(folder, reference, wanted, device, cache):
     keys = {"fid": "frechet_inception_distance", "kid": "kernel_inception_distance_mean", "precision": "precision"}
     asked = {"fid": "fid" in wanted, "kid": "kid" in wanted, "prc": "precision" in wanted}
     counts = [count_of_one_size(f) for f in (folder, reference)]
-    values = optional(
-        "torch_fidelity", "fid, kid and precision", "0.4"
-    ).calculate_metrics(
-        input1=str(folder),  # from version 0.4 on the first is what was generated: before, precision was recall
-        input2=str(reference),
-        input2_cache_name="reference",
-        cache_root=str(cache),
-        cuda=device.type == "cuda",
-        samples_find_deep=True,
-        samples_find_ext=",".join(suffix[1:] for suffix in READ),
-        kid_subset_size=min(1000, *counts),
-        verbose=False,
-        **asked,
-    )
+    options = dict(samples_find_deep=True, samples_find_ext=",".join(suffix[1:] for suffix in READ))
+    options |= dict(input2_cache_name="reference", cache_root=str(cache), kid_subset_size=min(1000, *counts))
+    options |= dict(cuda=device.type == "cuda", verbose=False)
+    fidelity = optional("torch_fidelity", ", ".join(SETS), "0.4")  # before, the second was what was generated
+    values = fidelity.calculate_metrics(input1=str(folder), input2=str(reference), **options, **asked)
     return {name: float(values[key]) for name, key in keys.items() if name in wanted}
 
 
@@ -174,25 +159,5 @@ def count_of_one_size(folder):
     sizes = collections.Counter(Image.open(path).size for path in find_images([folder]))
     if len(sizes) != 1:
         got = " and ".join(f"{w}x{h}" for w, h in list(sizes)[:2]) or "none"
-        raise ValueError(
-            f"expected pictures of one size in {folder} for fid, kid and precision, got {got}: resize them"
-        )
+        raise ValueError(f"expected pictures of one size in {folder} for {', '.join(SETS)}, got {got}: resize them")
     return sizes.total()
-
-
-def optional(package, what, least=""):
-    """An optional package, imported where it is used. ValueError with the pip command if it is missing, or too old."""
-    name = package.replace("_", "-")
-    pip = f"pip install '{name}>={least}'" if least else f"pip install {name}"
-    try:
-        module = importlib.import_module(package)
-    except ImportError:
-        raise ValueError(f"expected the package {name} for {what}, which is not installed: {pip}") from None
-    if least and numbers(module.__version__) < numbers(least):
-        raise ValueError(f"expected {name} {least} or newer for {what}, got {module.__version__}: {pip}")
-    return module
-
-
-def numbers(version):
-    """A version as numbers, "0.4.0" -> [0, 4, 0], to compare two."""
-    return [int(part) for part in re.findall(r"\d+", version)]

@@ -56,9 +56,8 @@ def plane(path):
 def plane_of(methods, box, title):
     """The marks of one panel; methods: {name: [(mean, low, high) of PSNR, of LPIPS]}."""
     xs, ys = ([v for m in methods.values() for v in m[k]] for k in (0, 1))
-    a = Axes(
-        box, limits(xs, 0.16), limits(ys), title, "PSNR, dB (right: less distortion)", "LPIPS (below: better to see)"
-    )
+    titles = (title, "PSNR, dB (right: less distortion)", "LPIPS (below: better to see)")
+    a = Axes(box, limits(xs, 0.16), limits(ys), *titles)
     teacher = {name: m for name, m in methods.items() if name.startswith("teacher")}
     a.line(*zip(*((x, y) for (x, *_), (y, *_) in teacher.values()), strict=True), COLOURS[1], 1) if teacher else None
     kinds = {"input": COLOURS[6], "posterior": COLOURS[2], "teacher": COLOURS[1]}

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from evaluation.faces import degraded, find_faces, find_pairs, given
-from evaluation.metrics import SETS, PictureMetrics, optional, set_metrics
+from evaluation.metrics import SETS, PictureMetrics, set_metrics
 from evaluation.tables import TITLES, interval, markdown, write_csv, write_text
 from plumbing import pictures
-from plumbing.commands import say
+from plumbing.commands import optional, say
 from plumbing.devices import prepare, synchronize
 from plumbing.files import make_folder
 from plumbing.presets import locate

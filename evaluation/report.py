@@ -38,9 +38,8 @@ def report(rows, tables, out, measures):
         for k, x in enumerate(shown.values()):
             data = base64.b64encode(compress(x, limit, qualities)).decode()
             texts.append(f'<script type="text/plain" id="p{i}-{k}">{data}</script>')
-    metrics = [
-        {"title": TITLES[m], "sign": 1 if "↑" in TITLES[m] else -1, "digits": DIGITS.get(m, 4)} for m in values["input"]
-    ]
+    titles = {m: TITLES[m] for m in values["input"]}
+    metrics = [dict(title=t, sign=1 if "↑" in t else -1, digits=DIGITS.get(m, 4)) for m, t in titles.items()]
     caption = f"{title}." + f" Pictures compressed, down to WebP's quality {qualities[0]}." * bool(qualities[0])
     data = {"caption": caption, "methods": list(shown), "after": list(rows)[-1], "metrics": metrics, "faces": faces}
     data = json.dumps(data).replace("<", "\\u003c")  # so that no file name ends the script

@@ -39,10 +39,10 @@ def methods(student, teacher, y, steps, one_step):
     rows = {"student, 1 step": lambda: student(y), "posterior mean": lambda: teacher.posterior_mean(y)}
     if one_step:
         return rows | {"one Euler step": lambda: teacher.velocity(y, 0.0)}
-    plural = {k: "s" * (k > 1) for k in steps}
-    return rows | {
-        f"teacher, {k} step{plural[k]}": lambda k=k: teacher.transport(teacher.posterior_mean(y), eps, k) for k in steps
-    }
+    for k in steps:
+        row = f"teacher, {k} step{'s' * (k > 1)}"
+        rows[row] = lambda k=k: teacher.transport(teacher.posterior_mean(y), eps, k)
+    return rows
 
 
 def parts(student, y):

@@ -14,11 +14,10 @@ COLOURS = ("#0b62c4", "#d1561a", "#1d8a4b", "#8f3fb0", "#b8860b", "#c22455", "#4
 
 def svg(width, height, marks):
     """The file of a plot, or of several: marks of all of them."""
-    opening = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
-    )
+    size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+    opening = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="system-ui, sans-serif" font-size="13">'
     sheet = '<rect class="paper" width="100%" height="100%" fill="#fff"/>'
-    return "\n".join([f'{opening} font-family="system-ui, sans-serif" font-size="13">', sheet, *marks, "</svg>\n"])
+    return "\n".join([opening, sheet, *marks, "</svg>\n"])
 
 
 def text(x, y, words, anchor="start", colour="currentColor", turn=0):
@@ -57,16 +56,12 @@ class Axes:
         self.marks = [text(left, top - 10, title)]
         for v in ticks(*x):
             at, _ = self.place(v, y[0])
-            self.marks += [
-                stroke([(at, top), (at, top + height)], "#8884", 1),
-                text(at, top + height + 16, f"{v:g}", "middle"),
-            ]
+            self.marks.append(stroke([(at, top), (at, top + height)], "#8884", 1))
+            self.marks.append(text(at, top + height + 16, f"{v:g}", "middle"))
         for v in ticks(*y) if y_ticks is None else y_ticks:
             _, at = self.place(x[0], v)
-            self.marks += [
-                stroke([(left, at), (left + width, at)], "#8884", 1),
-                text(left - 6, at + 4, f"{v:g}", "end"),
-            ]
+            self.marks.append(stroke([(left, at), (left + width, at)], "#8884", 1))
+            self.marks.append(text(left - 6, at + 4, f"{v:g}", "end"))
         self.marks.append(text(left + width / 2, top + height + 34, x_title, "middle"))
         self.marks.append(text(left - 48, top + height / 2, y_title, "middle", turn=-90))
 

@@ -5,7 +5,6 @@ made at any time while train.py goes on. It needs no network.
 """
 
 import base64
-import contextlib
 import json
 from html import escape
 
@@ -13,6 +12,7 @@ from evaluation.svg import COLOURS, Axes, limits, svg, text
 from evaluation.tables import write_text
 from plumbing.commands import say
 from plumbing.presets import load_config
+from plumbing.runs import read_log
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -39,7 +39,9 @@ TERMS = {"lat": "latent", "lpips": "LPIPS", "l1": "L1", "sgcl": "SGCL"}  # of Eq
 
 def training_page(run, out):
     """Writes the page of the run's folder to the file `out`. FileNotFoundError, ValueError if there is no line of a log."""
-    lines = read_log(run / "log.jsonl")
+    lines = read_log(run / "log.jsonl", ("step", "seconds", "lr", "loss", "raw", "weighted"))
+    if not lines:
+        raise ValueError(f"expected a step in {run / 'log.jsonl'}, got none yet: wait for --log-every steps")
     try:
         config = load_config(run)
     except FileNotFoundError:
@@ -54,25 +56,10 @@ def training_page(run, out):
     rows = "".join(f"<tr><td>{escape(k)}<td>{escape(json.dumps(v))}" for k, v in config.items())
     settings = f"<table>{rows}</table>" if rows else "<p>None yet: the first checkpoint brings them.</p>"
     title = escape(f"Training {run}")
-    page = PAGE.format(
-        title=title, summary=summary, curves=curves(lines, config.get("batch")), grid=picture, settings=settings
-    )
+    parts = dict(curves=curves(lines, config.get("batch")), grid=picture, settings=settings)
+    page = PAGE.format(title=title, summary=summary, **parts)
     write_text(out, page)
     say(f"{out}: {len(lines)} logged steps, {len(page) / 1e6:.1f} MB")
-
-
-def read_log(path):
-    """The whole lines of a log.jsonl: the last one may be in the writing."""
-    if not path.is_file():
-        raise FileNotFoundError(f"expected a training's log in {path}, found none: name the --out of train.py")
-    whole = [line for line in path.read_text().splitlines() if line.startswith("{") and line.endswith("}}")]
-    if not whole:
-        raise ValueError(f"expected a logged step in {path}, got none yet: wait for the first, after --log-every steps")
-    with contextlib.suppress(json.JSONDecodeError):
-        lines = [json.loads(line) for line in whole]
-        if all(line.keys() >= {"step", "seconds", "lr", "loss", "raw", "weighted"} for line in lines):
-            return lines
-    raise ValueError(f"expected the lines of train.py in {path}, got others: train it again")
 
 
 def curves(lines, batch):

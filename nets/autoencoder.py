@@ -64,9 +64,8 @@ class PCAAutoencoder(ModelMixin, ConfigMixin):
     def encode(self, x):
         """(B, 3, H, W) in [-1, 1] -> an output whose latent_dist.mode() is (B, C, H/8, W/8); the variance is zero."""
         z = self.project(F.pixel_unshuffle(x, 8)) + self.encoder(x)
-        return AutoencoderKLOutput(
-            DiagonalGaussianDistribution(torch.cat([z, torch.zeros_like(z)], 1), deterministic=True)
-        )
+        moments = torch.cat([z, torch.zeros_like(z)], 1)
+        return AutoencoderKLOutput(DiagonalGaussianDistribution(moments, deterministic=True))
 
     def decode(self, z):
         """(B, C, h, w) -> an output whose .sample is (B, 3, 8h, 8w) in about [-1, 1], unclipped."""

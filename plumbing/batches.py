@@ -26,10 +26,8 @@ class Batches:
         self.n, self.batch, self.seed, self.steps = n, batch, seed, steps
         self.rank, self.parts = rank, (world, accumulate)
         if batch % (world * accumulate):
-            parts = f"{batch} and {world} x {accumulate}"
-            raise ValueError(
-                f"expected --batch to be a multiple of processes x --accumulate, got {parts}: change --batch"
-            )
+            got = f"{batch} and {world} x {accumulate}"
+            raise ValueError(f"expected --batch to be a multiple of processes x --accumulate, got {got}: change it")
 
     def __len__(self):
         return len(self.steps) * self.parts[1]
@@ -52,10 +50,8 @@ class Batches:
 
 def loader(data, batches, device):
     """The batches of a cache, read ahead by four processes for a GPU; dicts of tensors."""
-    workers = 4 if device.type == "cuda" else 0
-    return torch.utils.data.DataLoader(
-        data, batch_sampler=batches, num_workers=workers, pin_memory=workers > 0, worker_init_fn=deaf
-    )
+    ahead = dict(num_workers=4, pin_memory=True, worker_init_fn=deaf) if device.type == "cuda" else {}
+    return torch.utils.data.DataLoader(data, batch_sampler=batches, **ahead)
 
 
 def deaf(_):

@@ -15,10 +15,13 @@ Exit codes: 0 done, 1 some inputs failed or nothing could be done, 2 wrong argum
 
 import argparse
 import contextlib
+import importlib
 import os
 import signal
 import sys
 from pathlib import Path
+
+from packaging.version import Version
 
 SCRIPT = Path(sys.argv[0]).name or "python"
 
@@ -43,6 +46,19 @@ def real(text):
         if 0 <= float(text) < float("inf"):
             return float(text)
     raise argparse.ArgumentTypeError(f"expected a number from 0 on, got {text!r}")
+
+
+def optional(package, what, least=""):
+    """An optional package, imported where it is used. ValueError with the pip command if it is missing, or too old."""
+    name = package.replace("_", "-")
+    pip = f"pip install '{name}>={least}'" if least else f"pip install {name}"
+    try:
+        module = importlib.import_module(package)
+    except ImportError:
+        raise ValueError(f"expected the package {name} for {what}, which is not installed: {pip}") from None
+    if least and Version(module.__version__) < Version(least):
+        raise ValueError(f"expected {name} {least} or newer for {what}, got {module.__version__}: {pip}")
+    return module
 
 
 # --- the beginning and the end of a script ----------------------------------------------------------------------------

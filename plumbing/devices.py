@@ -23,9 +23,8 @@ def choose_device(name="auto", known=("cuda", "mps", "cpu")):
         return torch.device(name)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if local_rank >= torch.cuda.device_count():
-        raise ValueError(
-            f"expected one process a GPU, got --nproc_per_node above {torch.cuda.device_count()}: lower it"
-        )
+        gpus = torch.cuda.device_count()
+        raise ValueError(f"expected one process a GPU, got --nproc_per_node above {gpus}: lower it")
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False

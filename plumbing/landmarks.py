@@ -132,9 +132,8 @@ def read_landmarks(path):
     except csv.Error as e:
         raise ValueError(f"expected a CSV file, got {path} ({e}): write it anew") from e
     if missing:
-        raise ValueError(
-            f"expected columns photo and {COLUMNS[0]} ... {COLUMNS[-1]} in {path}, got no {missing[0]}: add it"
-        )
+        columns = f"photo and {COLUMNS[0]} ... {COLUMNS[-1]}"
+        raise ValueError(f"expected columns {columns} in {path}, got no {missing[0]}: add it")
     faces = {}
     for row in rows:
         faces.setdefault(row["photo"], []).append((_row_points(row, f"{path}, line {rows.line_num}"), 0.0))
@@ -145,9 +144,8 @@ def _row_points(row, where):
     try:
         points = torch.tensor([float(row[name]) for name in COLUMNS], dtype=torch.float64).view(5, 2)
     except (TypeError, ValueError) as e:
-        raise ValueError(
-            f"expected ten numbers {COLUMNS[0]} ... {COLUMNS[-1]}, got something else in {where}: mend it"
-        ) from e
+        columns = f"{COLUMNS[0]} ... {COLUMNS[-1]}"
+        raise ValueError(f"expected ten numbers {columns}, got something else in {where}: mend it") from e
     if not math.isfinite(float(points.abs().max())) or eye_distance(points) == 0:
         raise ValueError(f"expected two different eyes at finite places, got others in {where}: mend it")
     return points

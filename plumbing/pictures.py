@@ -26,6 +26,8 @@ from plumbing.files import NEEDS, SUFFIXES, read_file, write_bytes
 from plumbing.metadata import keep_exif, mark
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP") + (() if ".avif" in NEEDS else ("AVIF",))
+WRITERS = {".png": dict(format="PNG"), ".webp": dict(format="WEBP", lossless=True, quality=20, method=1)}
+JPEG = dict(format="JPEG", quality=95, subsampling=0)  # and WebP: 5 % above its smallest file, in a third of the time
 MAX_PIXELS = 64 * 2**20  # 8192 x 8192; reading one takes about 2 GB
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is higher than ours
 PngImagePlugin.MAX_TEXT_CHUNK = 16 * 2**20  # bytes, of an ICC profile too: Pillow's 1 MB is less than a scanner's
@@ -235,13 +237,7 @@ def encode_image(x, suffix, **info):
         raise ValueError("expected finite values, got a picture with NaN or infinity: check the model that made it")
     image = Image.fromarray(to_uint8(x).permute(1, 2, 0).cpu().contiguous().numpy())
     f = io.BytesIO()
-    if suffix == ".png":
-        image.save(f, "PNG", **info)
-    elif suffix == ".webp":
-        # 5 % above the smallest file, in a third of its time
-        image.save(f, "WEBP", lossless=True, quality=20, method=1, **info)
-    else:
-        image.save(f, "JPEG", quality=95, subsampling=0, **info)
+    image.save(f, **WRITERS.get(suffix, JPEG), **info)
     return f.getvalue()
 
 

@@ -59,27 +59,25 @@ def load_config(name):
     try:
         config = json.loads(path.read_text())
     except json.JSONDecodeError:
-        raise ValueError(
-            f"expected a checkpoint's settings in {path}, got no JSON: the checkpoint is damaged"
-        ) from None
+        raise ValueError(f"expected a checkpoint's settings in {path}, got no JSON: it is damaged") from None
     if not isinstance(config, dict) or "preset" not in config or "stage" not in config:
-        raise ValueError(
-            f"expected a DirectFlow checkpoint in {path.parent}, its config.json names no preset and stage: name another"
-        )
+        raise ValueError(f"expected a DirectFlow checkpoint, {path} names no preset and stage: name another")
     return {"entry": "clean"} | config  # checkpoints that name none were trained this way
 
 
 def newest_checkpoint(folder):
     """The folder itself if it is a checkpoint, or the last step-* in a run's folder. FileNotFoundError if there is none."""
     folder = ROOT / "tiny" / "student" if str(folder) == "tiny" else Path(folder)
-    steps = sorted(p for p in folder.glob("step-*") if (p / "config.json").is_file() and not p.name.endswith(".tmp"))
     if (folder / "config.json").is_file():
         return folder
-    if steps:
+    if steps := steps_in(folder):
         return steps[-1]
-    raise FileNotFoundError(
-        f"expected a checkpoint (config.json) or a run (step-*) in {folder}, found none: train one first"
-    )
+    raise FileNotFoundError(f"expected config.json or a run's step-* in {folder}, found none: train a checkpoint first")
+
+
+def steps_in(run):
+    """The finished checkpoints of a run's folder, oldest first."""
+    return sorted(p for p in run.glob("step-??????") if (p / "config.json").is_file())
 
 
 def locate(name):

@@ -25,11 +25,7 @@ from plumbing.files import make_folder, write_bytes
 from plumbing.presets import ROOT, locate
 
 # Never a pickle. Without accelerate, which is optional, diffusers fills a network with random numbers before it reads the file.
-FROM_PRETRAINED = {
-    "torch_dtype": torch.float32,
-    "use_safetensors": True,
-    "low_cpu_mem_usage": is_accelerate_available(),
-}
+FROM_PRETRAINED = dict(torch_dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=is_accelerate_available())
 LPIPS_FEATURES = ROOT / "tiny" / "lpips_alex.safetensors"
 
 
@@ -57,9 +53,8 @@ def fetch(name, file):
 
 def read(cls, config, part):
     """A frozen diffusers network, the `part` of config["base"]. ValueError if its file lacks weights; diffusers is silent."""
-    module, keys = cls.from_pretrained(
-        locate(config["base"]), subfolder=part, output_loading_info=True, **FROM_PRETRAINED
-    )
+    options = FROM_PRETRAINED | dict(subfolder=part, output_loading_info=True)
+    module, keys = cls.from_pretrained(locate(config["base"]), **options)
     if keys["missing_keys"]:
         raise ValueError("weights that its config asks for are not in it")
     return module.eval().requires_grad_(False)
@@ -173,6 +168,8 @@ def load_lpips():
 SWINIR = dict(embed_dim=180, depths=[6] * 8, num_heads=[6] * 8)
 HDIT = dict(in_channels=3, out_channels=3, patch_size=4, widths=[256, 512, 1024], depths=[2, 2, 8])
 HDIT |= dict(kernel_sizes=[7, 7, None], d_head=64, mapping_width=768, mapping_depth=2)
+PMRF_KEY = re.compile(r"model\.|mmse_model\.")  # a training checkpoint has its metrics' networks, too
+COMPUTED = re.compile(r"attn_mask|relative_position_index|pos_emb\.freqs|aug_emb\.weight")  # follow from the sizes
 
 
 @contextlib.contextmanager
@@ -198,7 +195,7 @@ def read_pmrf(name_or_folder):
         raise ValueError(f"settings of type {type(config).__name__} instead of a dict")
     settings = {"swinir": sizes(config, "swinir"), "hdit": sizes(config, "hdit")}
     settings |= {"sigma_s": float(config.get("mmse_noise_std", 0.1)), "t_eps": float(config.get("eps", 0.0))}
-    return settings, {k: w for k, w in weights.items() if k.startswith(("model.", "mmse_model."))}, average
+    return settings, {k: w for k, w in weights.items() if PMRF_KEY.match(k) and not COMPUTED.search(k)}, average
 
 
 def fill_pmrf(pmrf, weights, average):
@@ -224,13 +221,11 @@ def write_pmrf(folder, config, pmrf, dtype):
 
 def sizes(config, net):
     """Constructor arguments of "swinir" or "hdit": those in the config, or the published ones that its `arch` names."""
-    key, arch, published = {
-        "swinir": ("mmse_model_arch", "swinir_L", SWINIR),
-        "hdit": ("arch", "hdit_ImageNet256Sp4", HDIT),
-    }[net]
+    published = {"swinir": ("mmse_model_arch", "swinir_L", SWINIR), "hdit": ("arch", "hdit_ImageNet256Sp4", HDIT)}
+    key, arch, known = published[net]
     if net not in config and config.get(key, arch) != arch:
         raise ValueError(f"{key} {config[key]!r} without its sizes under {net!r} (known without: {arch})")
-    return config.get(net, published)
+    return config.get(net, known)
 
 
 def read_repository(path):

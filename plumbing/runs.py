@@ -22,7 +22,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from plumbing import files, pictures
-from plumbing.presets import load_config
+from plumbing.presets import load_config, steps_in
 from plumbing.shards import weights_sha256
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -50,16 +50,15 @@ def cache_identity(meta):
     return {f"cache_{name}": value for name, value in known.items()}
 
 
-def check_settings(folder, now):
+def check_settings(folder, now, otherwise="another --out"):
     """ValueError that names the first setting of the checkpoint that differs from `now`."""
     config = load_config(folder)
     for name, value in now.items():
         if name == "init" and value and os.path.realpath(value) == os.path.realpath(config.get(name) or ""):
             continue  # a path may be relative in one run and absolute in the next
         if config.get(name) != value:
-            raise ValueError(
-                f"expected {name} = {config.get(name)!r}, as in {folder}, got {value!r}: give the same, or another --out"
-            )
+            before = f"{name} = {config.get(name)!r}, as in {folder}"
+            raise ValueError(f"expected {before}, got {value!r}: give the same, or {otherwise}")
 
 
 def check_init(config, args, meta):
@@ -67,10 +66,8 @@ def check_init(config, args, meta):
     if config["stage"] != "A":
         raise ValueError(f"expected a Stage A checkpoint in --init {args.init}, got one of Stage {config['stage']}")
     if config["preset"] != meta["preset"]:
-        raise ValueError(
-            f"expected a cache of preset {config['preset']!r}, that of {args.init}; got preset {meta['preset']!r} in "
-            f"{args.cache}: make a cache with --preset {config['preset']}"
-        )
+        ours, got = config["preset"], f"{meta['preset']!r} in {args.cache}"
+        raise ValueError(f"expected a cache of preset {ours!r}, as --init's, got {got}: make one with --preset {ours}")
     for name in ("adapter", "entry"):
         given, there = getattr(args, name), config.get(name, "clean")
         if given not in (None, there):
@@ -82,10 +79,8 @@ def check_networks(cache, meta, **networks):
     for name, network in networks.items():
         ours, theirs = network and weights_sha256(network), meta[f"{name}_sha256"]
         if network and ours != theirs:
-            raise ValueError(
-                f"expected a cache made with the preset's {name} (sha256 {ours[:12]}), {cache} was made "
-                f"with another ({theirs[:12]}): make the cache again"
-            )
+            got = f"{cache} was made with another ({theirs[:12]}): make it again"
+            raise ValueError(f"expected a cache made with the preset's {name} (sha256 {ours[:12]}), {got}")
 
 
 # --- one process at a time ------------------------------------------------------------------------------------------------
@@ -115,11 +110,6 @@ def alone(out, rank):
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------------
-
-
-def steps_in(out):
-    """The finished checkpoints of a run's folder, oldest first."""
-    return sorted(p for p in out.glob("step-??????") if (p / "config.json").is_file())
 
 
 def write(out, step, fill, keep=2):
@@ -176,9 +166,7 @@ def load_training(path, trained, optimizer, step):
                     on = p.device if optimizer.defaults["fused"] else "cpu"  # where AdamW keeps its count
                     optimizer.state[p] = {"step": torch.tensor(float(step), device=on), **moments}
     except Exception as e:  # safetensors has errors of its own
-        raise ValueError(
-            f"expected the state of a run in {path}, got {e}: delete {path.parent} to go on from before"
-        ) from None
+        raise ValueError(f"expected a run's state in {path}, got {e}: delete {path.parent} to go on") from None
 
 
 @contextlib.contextmanager
@@ -226,18 +214,29 @@ class Log:
                 with open(self.path, "a") as f:
                     f.write(json.dumps(line | {"raw": raw, "weighted": weighted}) + "\n")
         except OSError as e:  # a full disk does not say where
-            raise OSError(
-                f"could not write {self.path}: {e.strerror}; the same command goes on from the last checkpoint"
-            ) from e
+            goes_on = "the same command goes on from the last checkpoint"
+            raise OSError(f"could not write {self.path}: {e.strerror}; {goes_on}") from e
         return loss
+
+
+def read_log(path, needed=("step",)):
+    """The lines of a log.jsonl, dicts; the last one may be in the writing. ValueError if a line lacks one of `needed`."""
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a training's log in {path}, found none: name a folder of train.py")
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        if all(line.keys() >= set(needed) for line in lines):
+            return lines
+    except (json.JSONDecodeError, AttributeError):
+        pass
+    raise ValueError(f"expected {', '.join(needed)} in each line of {path}, got others: train it again")
 
 
 def trim(path, step):
     """Drops what a killed run logged after its last checkpoint: those steps are made again."""
     if path.is_file():
-        whole = [line for line in path.read_text().splitlines() if line.startswith("{") and line.endswith("}}")]
-        kept = "".join(line + "\n" for line in whole if json.loads(line)["step"] <= step)
-        files.write_bytes(path, kept.encode())  # whole or not at all: a run can be killed here, too
+        kept = [json.dumps(line) + "\n" for line in read_log(path) if line["step"] <= step]
+        files.write_bytes(path, "".join(kept).encode())  # whole or not at all: a run can be killed here, too
 
 
 @torch.no_grad()

@@ -63,9 +63,7 @@ def read_meta(folder):
     """meta.json of a finished cache. ValueError if there is none, or if a shard is missing or of another size."""
     folder = Path(folder)
     if not (folder / "meta.json").is_file():
-        got = (
-            "an unfinished one: run the same cache.py again" if settings_of(folder) else "none: make one with cache.py"
-        )
+        got = "an unfinished one: run cache.py again" if settings_of(folder) else "none: make one with cache.py"
         raise ValueError(f"expected a finished cache in {folder}, got {got}")
     try:
         meta = json.loads((folder / "meta.json").read_text())
@@ -97,9 +95,7 @@ def read_records(path):
         with safe_open(path, "pt") as f:
             return records_of(f)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
-        raise ValueError(
-            f"expected a whole shard, got {path} ({e}): delete it and run the same cache.py again"
-        ) from None
+        raise ValueError(f"expected a whole shard, got {path} ({e}): delete it, run cache.py again") from None
 
 
 def settings_of(folder):

@@ -86,9 +86,8 @@ def without_clashes(pairs, errors, compare, overwrite):
         taken = [t for t in written if same_name(t) in inputs]
         foreign = [t for t in written if t.is_file() and not (overwrite or is_result(t))]
         if taken:
-            errors.append(
-                f"expected an output beside the inputs, got {taken[0]} for {path}, itself an input: use -o FOLDER"
-            )
+            got = f"got {taken[0]} for {path}, itself an input"
+            errors.append(f"expected an output beside the inputs, {got}: use -o FOLDER")
         elif same_name(target) in outputs:
             other = outputs[same_name(target)]
             errors.append(f"expected an output for each, got {target} for both {other} and {path}: rename one")
@@ -111,24 +110,14 @@ def plan_faces(photos, out):
 
     Keeps the folders' structure. ValueError if `out` holds a photo, since a second run would take its faces for photos.
     """
-    names, errors = {}, []
-    for given in map(Path, photos):
-        try:
-            found = find_images([given])
-        except (ValueError, OSError) as e:
-            errors.append(str(e))
-            continue
-        if not found:
-            errors.append(f"expected photos ({', '.join(SUFFIXES)}) in {given}, got none: name another folder")
-        for path in found:
-            name = out / (path.relative_to(given) if given.is_dir() else path.name)
-            names.setdefault(path, name.with_suffix(""))
-    for path in names:
+    pairs, errors = pairs_of(photos, out, ending="")
+    names, owners = {}, {}
+    for path, name in pairs:
         if out.resolve() in path.resolve().parents:
             raise ValueError(f"expected a folder for faces alone, got -o {out}, which holds {path}: name another")
-    owners = {}
-    for path, name in list(names.items()):
         owner = owners.setdefault(same_name(name), path)
-        if owner != path:
-            errors.append(f"expected different names, got {owner} and {path} for {names.pop(path)}_0.png: rename one")
+        if owner == path:
+            names[path] = name
+        else:
+            errors.append(f"expected different names, got {owner} and {path} for {name}_0.png: rename one")
     return names, errors

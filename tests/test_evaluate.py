@@ -663,7 +663,7 @@ def test_cost_wants_a_log_that_tells_the_time(tmp_path):
         cost.gpu_hours(tmp_path)
     for text in ('{"step": 1, "seconds": 3}\n', "no json\n", "[]\n"):
         (tmp_path / "log.jsonl").write_text(text)
-        with pytest.raises(ValueError, match="seconds and processes"):
+        with pytest.raises(ValueError, match="seconds, processes"):
             cost.gpu_hours(tmp_path)
 
 

@@ -115,7 +115,7 @@ def test_every_part_can_be_rebuilt(tmp_path, monkeypatch):
     parts = ["vae", "clip", "dino", "posterior-mean", "flow", "unet"]
     command = [*parts, "--data", str(ROOT / "samples" / "clean"), "--out", "made", "--steps", "1", "--batch", "2"]
     assert pretrain.main(pretrain.parse_args([*command, "--sigma-s", "0.05", "--precision", "bf16"])) == 0
-    assert {p.name for p in (tmp_path / "runs").glob("*.jsonl")} == {f"tiny_{part}.jsonl" for part in parts}
+    assert {p.parent.name for p in (tmp_path / "runs").glob("*/log.jsonl")} == {f"tiny_{part}" for part in parts}
     assert "made" not in (tmp_path / "made" / "base" / "unet" / "config.json").read_text()
     y = torch.rand(1, 3, SIZE, SIZE)
     pmrf = teacher.PMRF.from_pretrained(tmp_path / "made" / "teacher")
@@ -147,7 +147,8 @@ def fit_line(folder, monkeypatch, killed_at=None):
         return loss, {"half": loss / 2}
 
     recipe = fit.Recipe(steps=8, batch=4, lr=0.1)
-    fit.fit("line", net, loss_fn, lambda average: kept.update(average.state_dict()), recipe, seed=3, bf16=False)
+    save = lambda average: kept.update(copy.deepcopy(average.state_dict()))  # noqa: E731
+    fit.fit("line", net, loss_fn, save, recipe, seed=3, bf16=False)
     return kept
 
 
@@ -162,7 +163,7 @@ def test_a_part_that_was_killed_goes_on_to_the_same_weights(tmp_path, monkeypatc
         fit_line(tmp_path / "killed", monkeypatch, killed_at=6)
     found = fit_line(tmp_path / "killed", monkeypatch)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    logs = [(tmp_path / name / "runs" / "tiny_line.jsonl").read_text() for name in ("unbroken", "killed")]
+    logs = [(tmp_path / name / "runs" / "tiny_line" / "log.jsonl").read_text() for name in ("unbroken", "killed")]
     assert logs[0] == logs[1] and len(logs[0].splitlines()) == 4
     monkeypatch.setattr(fit.Recipe, "_asdict", lambda recipe: {"steps": 9})
     with pytest.raises(ValueError, match="give the same, or delete"):

@@ -2,26 +2,26 @@
 
 AdamW with warm-up and cosine decay, and an exponential moving average of the weights, which is what is kept. Every random
 number of a step follows from (seed, step). So weights, average, AdamW's two moments and the step are all that a part needs
-to go on: runs/tiny_NAME.safetensors, written about once a minute, whole or not at all. runs/tiny_NAME.jsonl is its log.
+to go on: runs/tiny_NAME/step-NNNNNN, written about once a minute, whole or not at all. log.jsonl beside it is its log.
 
     fit("vae", vae, loss_fn, save, Recipe(steps=800, batch=32, lr=1e-3), seed=0, bf16=True)
 """
 
 import contextlib
-import copy
 import json
 import math
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-import safetensors.torch
 import torch
 import torch.nn as nn
+from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from plumbing.files import write_bytes
+from plumbing import runs
+from plumbing.files import make_folder
 from train import update_ema
 
 LOG_EVERY = 20  # steps; only these wait for a GPU
@@ -35,20 +35,20 @@ class Recipe(NamedTuple):
 
 
 def fit(name, model, loss_fn, save, recipe, seed, bf16):
-    """Trains model and hands its average to save(average), about once a minute and at the end.
+    """Trains model and hands it, with its average as weights, to save(model), about once a minute and at the end.
 
     loss_fn(step) -> (loss, {name: figure for the log}), scalar tensors. The same call goes on from the last saved state.
     Raises ValueError if the loss is not finite, or if the saved state is of another recipe or seed.
     """
-    device = next(model.parameters()).device
+    device, betas, out = next(model.parameters()).device, (0.9, 0.99), make_folder(Path("runs") / f"tiny_{name}")
+    on_gpu = device.type == "cuda"
     model.train().to(memory_format=torch.channels_last)
-    average = copy.deepcopy(model).eval().requires_grad_(False)
-    betas, on_gpu = (0.9, 0.99), device.type == "cuda"
-    optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, betas, weight_decay=0.01, fused=on_gpu)
-    settings, path = {**recipe._asdict(), "seed": seed, "bf16": bf16}, Path("runs") / f"tiny_{name}.safetensors"
-    path.parent.mkdir(exist_ok=True)
-    first = load_state(path, model, average, optimizer, settings)
-    log, saved = begin_log(path.with_suffix(".jsonl"), first), time.monotonic()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), recipe.lr, betas, weight_decay=0.01, fused=on_gpu)
+    settings = {"preset": "tiny", "stage": name, **recipe._asdict(), "seed": seed, "bf16": bf16}
+    first, ema = resume(out, trained, optimizer, settings)
+    runs.trim(out / "log.jsonl", first)
+    saved = time.monotonic()
     for step in tqdm(range(first + 1, recipe.steps + 1), name, recipe.steps, initial=first, mininterval=10):
         torch.manual_seed((seed << 32) + step)
         for group in optimizer.param_groups:
@@ -57,21 +57,21 @@ def fit(name, model, loss_fn, save, recipe, seed, bf16):
             loss, figures = loss_fn(step)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimizer.step()
-        update_ema(dict(average.named_parameters()), dict(model.named_parameters()), step)
+        update_ema(ema, trained, step)
         if step % LOG_EVERY and step < recipe.steps:
             continue
         if not torch.isfinite(loss):
             raise ValueError(f"{name}: the loss is {loss.item()} at step {step}: the same command goes on from before")
-        log.write(json.dumps({"step": step, "loss": loss.item(), **{k: v.item() for k, v in figures.items()}}) + "\n")
-        log.flush()
+        log(out, {"step": step, "loss": loss.item(), **{k: v.item() for k, v in figures.items()}})
         if time.monotonic() - saved > SAVE_EVERY or step == recipe.steps:
-            save_state(path, model, average, optimizer, settings, step)
-            save(average)
+            checkpoint(out, step, trained, ema, optimizer, settings)
+            with runs.averaged(trained, ema):
+                save(model)
             saved = time.monotonic()
-    save(average)  # a kill may have come between the state and the weights
-    log.close()
+    with runs.averaged(trained, ema):
+        save(model)  # a kill may have come between the state and the weights
 
 
 def attention(on_gpu):
@@ -87,48 +87,28 @@ def learning_rate(step, recipe):
 # --- the state ----------------------------------------------------------------------------------------------------------
 
 
-def moments(model, optimizer):
-    """AdamW's two moments of each parameter, {"exp_avg.name": tensor, ...}: those of its state, or new ones put into it."""
-    found = {}
-    for name, p in model.named_parameters():
-        state = optimizer.state[p]
-        if not state:
-            state["step"] = torch.zeros((), device=p.device if optimizer.defaults["fused"] else "cpu")
-            state |= {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
-        found |= {f"{key}.{name}": state[key] for key in ("exp_avg", "exp_avg_sq")}
-    return found
+def checkpoint(out, step, trained, ema, optimizer, settings):
+    def fill(folder):
+        runs.save_training(folder / "training.safetensors", trained, optimizer)
+        save_file({name: v.contiguous() for name, v in ema.items()}, folder / "ema.safetensors")
+        (folder / "config.json").write_text(json.dumps(settings | {"step": step}))
+
+    runs.write(out, step, fill, keep=1)
 
 
-def all_tensors(model, average, optimizer):
-    found = {f"model.{name}": v for name, v in model.state_dict().items()}
-    return found | {f"average.{name}": v for name, v in average.state_dict().items()} | moments(model, optimizer)
+def resume(out, trained, optimizer, settings):
+    """Puts a saved state back in place. Returns its step (0: there is none) and the average; ValueError as check_settings."""
+    folder, step = runs.newest(out, insist=False), 0
+    ema = {name: p.detach().clone() for name, p in trained.items()}
+    if folder:
+        runs.check_settings(folder, settings, otherwise=f"delete {out}")
+        step = json.loads((folder / "config.json").read_text())["step"]
+        runs.load_training(folder / "training.safetensors", trained, optimizer, step)
+        saved = load_file(folder / "ema.safetensors")
+        ema = {name: saved[name].to(v) for name, v in ema.items()}
+    return step, ema
 
 
-def save_state(path, model, average, optimizer, settings, step):
-    tensors = {k: v.detach().contiguous().cpu() for k, v in all_tensors(model, average, optimizer).items()}
-    record = {"settings": json.dumps(settings), "step": str(step)}
-    write_bytes(path, safetensors.torch.save(tensors, record))
-
-
-@torch.no_grad()
-def load_state(path, model, average, optimizer, settings):
-    """Puts a saved state back in place. Returns its step, or 0 if there is none; ValueError if it is of another command."""
-    if not path.is_file():
-        return 0
-    with safetensors.safe_open(path, "pt") as f:
-        before, step = json.loads(f.metadata()["settings"]), int(f.metadata()["step"])
-        if before != settings:
-            raise ValueError(f"expected {before}, as in {path}, got {settings}: give the same, or delete that file")
-        for name, tensor in all_tensors(model, average, optimizer).items():
-            tensor.copy_(f.get_tensor(name))
-    for state in optimizer.state.values():
-        state["step"].fill_(step)
-    return step
-
-
-def begin_log(path, first):
-    """The log, open for writing, with the lines up to step `first`: what comes later is made again."""
-    lines = path.read_text().splitlines(keepends=True) if first and path.is_file() else []
-    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= first]
-    write_bytes(path, "".join(kept).encode())
-    return open(path, "a")
+def log(out, line):
+    with open(out / "log.jsonl", "a") as f:
+        f.write(json.dumps(line) + "\n")

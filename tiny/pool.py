@@ -80,18 +80,6 @@ def make_views(seed, numbered_path):
 # --- arrays on disk -----------------------------------------------------------------------------------------------------
 
 
-def in_groups(rows, n):
-    """Joins every n dicts of arrays to one."""
-    group = []
-    for row in rows:
-        group.append(row)
-        if len(group) == n:
-            yield {name: np.concatenate([r[name] for r in group]) for name in row}
-            group = []
-    if group:
-        yield {name: np.concatenate([r[name] for r in group]) for name in group[0]}
-
-
 def fill(folder, record, made_of, n, rows_from):
     """Writes arrays of n rows, from the row on where an earlier call was stopped.
 
@@ -122,9 +110,7 @@ class Pool:
         faces = [path for each in data for path in files.find_images([each])]
         if not faces:
             where = ", ".join(map(str, data))
-            raise ValueError(
-                f"expected face pictures in {where}, found none: give a folder with png, jpg or webp files"
-            )
+            raise ValueError(f"expected face pictures in {where}, found none: name another folder")
         listing = json.dumps([(path.name, path.stat().st_size) for path in faces])
         made_of = dict(seed=seed, size=SIZE, views=VIEWS, sha256=hashlib.sha256(listing.encode()).hexdigest())
         self.faces, self.rows = len(faces), len(faces) * VIEWS
@@ -133,12 +119,12 @@ class Pool:
     def make(self, faces, done):
         todo = list(enumerate(faces))[done // VIEWS :]
         workers = min(len(os.sched_getaffinity(0)), len(todo) // 16)
-        bar = partial(tqdm, total=len(todo), desc="pool", unit=" faces")
+        views, bar = partial(make_views, self.seed), partial(tqdm, total=len(todo), desc="pool", unit=" faces")
         if workers < 2:
-            yield from in_groups(bar(map(partial(make_views, self.seed), todo)), 32)
+            yield from bar(map(views, todo))
             return
         with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as processes:
-            yield from in_groups(bar(processes.imap(partial(make_views, self.seed), todo)), 32)
+            yield from bar(processes.imap(views, todo))
 
     def array(self, name):
         if name not in self.arrays:
