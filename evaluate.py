@@ -135,7 +135,7 @@ from evaluation.figures import figures
 from evaluation.quality import Measures, clean_faces, given_faces, quality
 from evaluation.report import report
 from evaluation.speed import random_models, table
-from evaluation.tables import markdown, write_text
+from evaluation.tables import write_text
 from evaluation.training import training_page
 from plumbing.devices import choose_device, precision_of, prepare
 from plumbing.files import make_folder
@@ -187,13 +187,12 @@ def speed(args, device):
         student, teacher = Student.load(what, merge=True), PMRF.from_pretrained(locate(config["teacher"]))
     precision = precision_of(args.precision, device, sum(p.numel() for p in student.parameters()))
     student, teacher = (prepare(network, device, precision) for network in (student, teacher))
-    size, options = args.size or student.image_size, dict(one_step=args.one_step, compiled=args.compile)
-    options |= dict(batches=args.batch, steps=args.steps, repeats=args.repeats)
-    header, rows, notes = table(student, teacher, size, device, precision, **options)
+    size = args.size or student.image_size
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
     weights = f"random weights in the sizes of {what}" if args.random_weights else what
     text = f"{weights}; {size} px; {precision}; {where}; torch {torch.__version__}; median of {args.repeats} runs\n\n"
-    text += markdown(header, rows) + "\n" + "\n".join(notes) + "\n"
+    options = dict(steps=args.steps, repeats=args.repeats, one_step=args.one_step, compiled=args.compile)
+    text += table(student, teacher, size, device, precision, args.batch, **options)
     commands.say(text)
     if args.out:
         write_text(args.out / "speed.md", text)

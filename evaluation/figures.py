@@ -50,14 +50,15 @@ class Models:
 
 
 @contextlib.contextmanager
-def noted(network):
-    """Inside, a list of (arguments, result) of each call of the network."""
+def noted(*networks):
+    """Inside, a list of (network, arguments, keywords, result) of each call of the networks, in the order of their ends."""
     calls = []
-    handle = network.register_forward_hook(lambda _, args, result: calls.append((args, result)))
+    handles = [n.register_forward_hook(lambda *call: calls.append(call), with_kwargs=True) for n in networks]
     try:
         yield calls
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 # --- Sec. 4: the degradation ------------------------------------------------------------------------------------------
@@ -84,9 +85,9 @@ def transport(m):
     x_mmse = m.teacher.posterior_mean(m.y)
     with noted(m.teacher.model) as calls:
         end = m.teacher.restore(m.y, steps=25, seed=0)
-    times = range(0, 25, 4)[:6]  # 0, 0.16, ... 0.8
-    states = [(f"x_t, t = {i / 25:g}", calls[i][0][0]) for i in times]
-    velocities = [(f"v(x_t, t = {i / 25:g}), x 2", signed(calls[i][1], 2)) for i in times]
+    way = [(i / 25, x_t, v) for i, (_, (x_t, _), _, v) in enumerate(calls)][:21:4]  # t = 0, 0.16, ... 0.8
+    states = [(f"x_t, t = {t:g}", x_t) for t, x_t, _ in way]
+    velocities = [(f"v(x_t, t = {t:g}), x 2", signed(v, 2)) for t, _, v in way]
     ends = [(f"{k} step{'s' * (k > 1)}\n{m.note(v)}", v)
             for k in (1, 2, 5, 25) for v in [m.teacher.restore(m.y, steps=k, seed=0)]]  # fmt: skip
     top = [(f"y\n{m.note(m.y)}", m.y), (f"X* (Eq. 2)\n{m.note(x_mmse)}", x_mmse), *ends, ("X, the original", m.x)]
@@ -116,8 +117,8 @@ def one_step(m):
     s = m.student
     with noted(s.unet) as calls:
         z = s.step(encode(s.vae, m.y), m.y)
-    ((z_tau, *_), said), alpha_bar = calls[0], s.alphas_bar[s.tau]
-    x_0 = x0_from_eps(z_tau, said.sample, alpha_bar)
+    ((_, (z_tau, *_), _, said),) = calls
+    x_0 = x0_from_eps(z_tau, said.sample, s.alphas_bar[s.tau])
     x_hat, x_target = decode(s.vae, z), m.teacher.restore(m.y, seed=0)
     moved = decode(s.vae, x_0) - decode(s.vae, encode(s.vae, m.y))
     into = [(f"y\n{m.note(m.y)}", m.y), (f"D(z_tau), tau = {s.tau}", decode(s.vae, z_tau))]
