@@ -11,12 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from evaluation.faces import degraded, find_faces
-from evaluation.metrics import mean_interval
+from evaluation.metrics import values_of
 from evaluation.quality import student_row
-from evaluation.tables import DIGITS, TITLES, markdown, spread, write_csv, write_text
+from evaluation.tables import TITLES, interval, markdown, spread, write_csv, write_text
 from plumbing.commands import say
 from plumbing.devices import prepare
 from plumbing.files import make_folder
@@ -103,8 +101,9 @@ def train(folder, steps, cache, options, init=()):
     if note.is_file():
         before = json.loads(note.read_text())
         if differ := [f"{key} {before.get(key)} (now {v})" for key, v in wanted.items() if before.get(key) != v]:
-            got = ", ".join(differ)
-            raise ValueError(f"expected in {folder} a run of these options, got another: {got}: delete it")
+            raise ValueError(
+                f"expected in {folder} a run of these options, got another: {', '.join(differ)}: delete it"
+            )
         newest_checkpoint(folder)
         return
     command = [sys.executable, ROOT / "train.py", "--out", folder, "--steps", steps, "--cache", cache, *options, *init]
@@ -132,24 +131,14 @@ def ablation_table(lines, sets):
     """
     measured = [m for m in lines[0] if m in TITLES]
     paired = [m for m in measured if m.startswith("lpips")]
-    values = {}  # row: measure: array (seeds, faces)
-    for row in dict.fromkeys(line["row"] for line in lines):
-        own = [line for line in lines if line["row"] == row]
-        seeds = dict.fromkeys(line["seed"] for line in own)
-        values[row] = {m: np.array([[line[m] for line in own if line["seed"] == s] for s in seeds]) for m in measured}
+    values = values_of(lines, "row", measured)
     first, cells = next(iter(values.values())), {}
     for row, v in values.items():
         cells[row] = [spread([statistics.fmean(face) for face in v[m]], m) for m in measured]
         cells[row] += [spread([s[m] for s in sets[row]], m) for m in sets[row][0]]
-        cells[row] += ["" if v is first else signed(mean_interval(v[m] - first[m]), m) for m in paired]
+        cells[row] += ["" if v is first else interval(v[m] - first[m], m, "+") for m in paired]
     titles = [TITLES[m] for m in (*measured, *next(iter(sets.values()))[0])]
     header = ["", *titles, *(f"{TITLES[m]} minus full's" for m in paired)]
     added = [[name, *cells[row]] for name, row in CUMULATIVE.items() if row in cells]
     whole = markdown(header, [[row, *c] for row, c in cells.items()])
     return f"{whole}\nFig. 6, cumulative:\n\n{markdown(header, added)}"
-
-
-def signed(mean_low_high, metric):
-    """A difference and its interval, as text."""
-    mean, low, high = (f"{v:+.{DIGITS.get(metric, 4)}f}" for v in mean_low_high)
-    return f"{mean} [{low}, {high}]"

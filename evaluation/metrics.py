@@ -76,6 +76,16 @@ def mean_interval(values, level=0.95, resamples=2000, seed=0):
     return float(values.mean()), float(low), float(high)
 
 
+def values_of(lines, group, metrics):
+    """Lines of a CSV as {value of the column `group`: {metric: array (seeds, faces)}}; without a column "seed" there is one."""
+    found = {}
+    for line in lines:
+        seeds = found.setdefault(line[group], {metric: {} for metric in metrics})
+        for metric in metrics:
+            seeds[metric].setdefault(line.get("seed"), []).append(float(line[metric]))
+    return {name: {m: np.array(list(v.values())) for m, v in own.items()} for name, own in found.items()}
+
+
 class PictureMetrics:
     """The wanted ones of PAIRED and NO_REFERENCE, and with the file of a network of identity Identity's as well.
 
