@@ -63,10 +63,9 @@ def find_pairs(lq, hq=None, restored=(), limit=None):
     """
     folders = [lq, *([hq] if hq else []), *restored]
     files = [by_name(folder, results=k >= len(folders) - len(restored)) for k, folder in enumerate(folders)]
-    names = list(files[0])[:limit]
-    names += [] if limit else [name for other in files[1:] for name in other if name not in files[0]]
+    names = list(files[0])[:limit] if limit else dict.fromkeys(name for own in files for name in own)
     good, failed = [], 0
-    for i, name in enumerate(dict.fromkeys(names)):
+    for i, name in enumerate(names):
         paths = [own.get(name) for own in files]
         if None in paths:
             lacking = ", ".join(str(folder) for folder, path in zip(folders, paths, strict=True) if path is None)
