@@ -59,15 +59,15 @@ def ablation(data, cache, out, *, steps, seeds, batch, precision, ranges, limit,
         f"{len(found)} faces, drawn from {ranges}, seed 0{measures.note()}. Mean over seeds (lowest to highest). "
         "The differences are paired by face and seed, with the 95 % interval of drawing faces and seeds with replacement.\n\n"
     )
-    fixes = {"full": "wavelet", "w/o colour correction": "none"}  # measured on the same students
     own = f"entry: {load_config(meta['preset'])['entry']}"  # the full model's, so no row of its own
     for row in [row for row in ABLATION if row != own]:
         for seed in seeds:
             folder = out / "".join(c if c.isalnum() else "_" for c in row) / f"seed_{seed}"
             common = ["--batch", batch, "--precision", precision, "--seed", seed]
             student = prepare(Student.load(train_row(folder, row, steps, cache, common), merge=True), device)
-            own_fixes = fixes if row == "full" else {row: "wavelet"}
-            methods = {name: student_row(student, fix, device) for name, fix in own_fixes.items()}
+            methods = {row: student_row(student, "wavelet", device)}
+            if row == "full":
+                methods["w/o colour correction"] = student_row(student, "none", device)
             faces = degraded(found, student.image_size, "default", ranges, seed=0)  # whatever the training seed
             done, of_set = measures(methods, faces, out)
             for name, value in of_set.items():

@@ -49,11 +49,10 @@ def ssim(a, b, sigma=1.5, window=11, k=(0.01, 0.03)):
         raise ValueError(f"expected at least {window}x{window} pixels for SSIM, got {tuple(a.shape[2:])}: enlarge them")
     g = torch.exp(-((torch.arange(window) - window // 2).double() ** 2) / (2 * sigma**2))
     g = (g / g.sum()).to(a.device)
-    channels = a.shape[1]
 
     def mean(x):  # weighted mean in each window: (B, 3, H, W) -> (B, 3, H - 10, W - 10)
-        x = F.conv2d(x, g.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
-        return F.conv2d(x, g.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
+        x = F.conv2d(x, g.view(1, 1, -1, 1).expand(3, 1, -1, 1), groups=3)
+        return F.conv2d(x, g.view(1, 1, 1, -1).expand(3, 1, 1, -1), groups=3)
 
     a, b = a.double(), b.double()
     mu_a, mu_b = mean(a), mean(b)

@@ -65,17 +65,6 @@ from tiny.fit import Recipe, fit
 from tiny.pool import SIZE, Pool
 from train import lpips_loss
 
-RECIPES = {
-    "vae": Recipe(steps=2000, batch=32, lr=1e-3),
-    "decoder": Recipe(steps=2000, batch=32, lr=1e-3),
-    "clip": Recipe(steps=760, batch=128, lr=5e-4),
-    "dino": Recipe(steps=1340, batch=64, lr=5e-4),
-    "posterior-mean": Recipe(steps=1640, batch=32, lr=1e-3),
-    "flow": Recipe(steps=6700, batch=32, lr=6e-4),
-    "unet": Recipe(steps=3740, batch=64, lr=6e-4),
-}
-
-
 # --- autoencoder --------------------------------------------------------------------------------------------------------
 
 
@@ -146,8 +135,7 @@ class WithHeads(nn.Module):
 
     def __init__(self, size, **heads):
         super().__init__()
-        self.sizes = {"img_size": size, "patch_size": 4, "embed_dim": WIDTH, "depth": 4, "num_heads": 4}
-        self.sizes["num_classes"] = 0
+        self.sizes = dict(img_size=size, patch_size=4, embed_dim=WIDTH, depth=4, num_heads=4, num_classes=0)
         self.vit = timm.create_model(VIT, **self.sizes)
         self.heads = nn.ModuleDict({name: nn.Linear(WIDTH, n) for name, n in heads.items()})
 
@@ -216,12 +204,11 @@ def train_posterior_mean(args, pool, recipe, bf16):
 
     def loss_fn(step):
         index = pool.batch(recipe.batch, step)
-        loss = teacher.posterior_mean_loss(swinir, pool.get("lq", index), pool.get("hq", index))
-        return loss, {}
+        return teacher.posterior_mean_loss(swinir, pool.get("lq", index), pool.get("hq", index)), {}
 
     def save(average):
-        mmse_model = in_pixels(average, pmrf.mmse_model)
-        teacher.PMRF(mmse_model, pmrf.model, pmrf.sigma_s).save_pretrained(args.out / "teacher")
+        in_pixels(average, pmrf.mmse_model)
+        pmrf.save_pretrained(args.out / "teacher")
 
     fit("posterior-mean", swinir, loss_fn, save, recipe, args.seed, bf16)
 
@@ -297,16 +284,25 @@ def train_unet(args, pool, recipe, bf16):
     fit("unet", unet, loss_fn, lambda m: save_module(m, args.out / "base" / "unet"), recipe, args.seed, bf16)
 
 
+TRAININGS = {  # one for each of PARTS
+    "vae": (train_vae, Recipe(steps=2000, batch=32, lr=1e-3)),
+    "decoder": (train_decoder, Recipe(steps=2000, batch=32, lr=1e-3)),
+    "clip": (train_clip, Recipe(steps=760, batch=128, lr=5e-4)),
+    "dino": (train_dino, Recipe(steps=1340, batch=64, lr=5e-4)),
+    "posterior-mean": (train_posterior_mean, Recipe(steps=1640, batch=32, lr=1e-3)),
+    "flow": (train_flow, Recipe(steps=6700, batch=32, lr=6e-4)),
+    "unet": (train_unet, Recipe(steps=3740, batch=64, lr=6e-4)),
+}
+
+
 def work(args):
     device = choose_device(known=("cuda", "cpu"))
     pool = Pool(args.data, Path("runs/pool"), args.seed, device)
     bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
-    train = {"vae": train_vae, "decoder": train_decoder, "clip": train_clip, "dino": train_dino,
-             "posterior-mean": train_posterior_mean, "flow": train_flow, "unet": train_unet}  # fmt: skip
     given = {name: value for name in ("steps", "batch") if (value := getattr(args, name))}
-    for part in args.parts:
+    for train, recipe in map(TRAININGS.get, args.parts):
         torch.manual_seed(args.seed)
-        train[part](args, pool, RECIPES[part]._replace(**given), bf16)
+        train(args, pool, recipe._replace(**given), bf16)
 
 
 def main(args):
