@@ -48,6 +48,8 @@ def parse_args(argv=None):
         source.add_argument("--lq", metavar="DIR", help="folder of degraded pictures")
         if c is report:
             source.add_argument("--run", type=Path, metavar="RUN", help="folder of train.py: its curves and pictures")
+        c.add_argument("--level", nargs=1 if c is report else "+", choices=("default", *LEVELS),
+                       help="of --data: drawn (default) or of fixed strength")
         c.add_argument("--hq", metavar="DIR", help="the originals of --lq, by the same paths (suffixes may differ)")
         c.add_argument("--restored", nargs="+", default=[], metavar="DIR", help="--lq restored by another program")
         c.add_argument("--checkpoint", nargs="+", metavar="tiny|DIR", help="students (default tiny; with --restored none)")
@@ -66,9 +68,6 @@ def parse_args(argv=None):
     for c, steps in ((quality, [1, 5, 25]), (report, [25]), (speed, [1, 5, 25])):
         c.add_argument("--steps", type=whole(), nargs="+", default=steps, metavar="K", help="teacher's Euler steps")
         c.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="as restore.py's")
-    for c, several in ((quality, "+"), (report, 1)):
-        levels = ("default", *LEVELS)
-        c.add_argument("--level", nargs=several, choices=levels, help="of --data: drawn (default) or of fixed strength")
     ablation.add_argument("--cache", required=True, metavar="DIR", help="cache to train on, from cache.py")
     ablation.add_argument("--steps", type=whole(), required=True, metavar="N", help="training steps a stage")
     ablation.add_argument("--batch", type=whole(), default=16, help="train.py's (default 16)")

@@ -85,10 +85,9 @@ def train_row(folder, row, steps, cache, common):
     options, a, b = ABLATION[row]
     options = [*common, *options]
     train(folder / "stage_a", a * steps, cache, ["--stage", "A", *options])
-    if not b:
-        return folder / "stage_a"
-    train(folder / "stage_b", b * steps, cache, ["--stage", "B", *options], ["--init", folder / "stage_a"])
-    return folder / "stage_b"
+    if b:
+        train(folder / "stage_b", b * steps, cache, ["--stage", "B", *options], ["--init", folder / "stage_a"])
+    return folder / ("stage_b" if b else "stage_a")
 
 
 def train(folder, steps, cache, options, init=()):

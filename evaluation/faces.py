@@ -82,20 +82,16 @@ def find_pairs(lq, hq=None, restored=(), limit=None):
 
 def by_name(folder, results):
     """{path in the folder without suffix: path} of its pictures: of the results in it, or of the others."""
-    found, files = find_images([folder]), {}
-    for path in sorted(found, key=is_named_result) if results else without_results(found, beside=True):
+    found, files, restored = find_images([folder]), {}, {}
+    for path in found if results else without_results(found, beside=True):
         name = str(Path(relative(path, folder)).with_suffix(""))
-        if results and is_named_result(path):
-            files[name.removesuffix("_restored")] = path  # rather than the input beside it
+        if results and name.endswith("_restored"):
+            restored[name.removesuffix("_restored")] = path
         elif name in files:
             raise ValueError(f"expected one picture {name} in {folder}, got {files[name]} and {path}: remove one")
         elif not (results and name.endswith("_compare")):
             files[name] = path
-    return files
-
-
-def is_named_result(path):
-    return path.stem.endswith("_restored")
+    return files | restored  # a result rather than the input beside it
 
 
 def given(pairs, lq, hq=None, seed=0):
