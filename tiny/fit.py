@@ -86,9 +86,6 @@ def learning_rate(step, recipe):
     return recipe.lr * min(1, step / 50) * (0.51 + 0.49 * math.cos(math.pi * step / recipe.steps))
 
 
-# --- the state ----------------------------------------------------------------------------------------------------------
-
-
 def checkpoint(out, step, trained, ema, optimizer, settings):
     def fill(folder):
         runs.save_training(folder / "training.safetensors", trained, optimizer)
