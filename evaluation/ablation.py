@@ -22,7 +22,6 @@ from plumbing.presets import ROOT, load_config, locate, newest_checkpoint
 from plumbing.shards import read_meta
 from student import Student
 
-LATENT_ONLY = ["--lambda-lpips", "0", "--lambda-l1", "0", "--lambda-sgcl", "0"]
 ABLATION = {  # row: options for both stages, steps of Stage A and of Stage B in units of --steps
     "full": ([], 1, 1),
     "baseline: no adapter, no SGCL (Sec. 4.1)": (["--adapter", "none", "--lambda-sgcl", "0"], 1, 1),
@@ -30,7 +29,7 @@ ABLATION = {  # row: options for both stages, steps of Stage A and of Stage B in
     "w/o SGCL": (["--lambda-sgcl", "0"], 1, 1),
     "SGCL from the posterior mean": (["--sgcl-source", "mmse"], 1, 1),
     "w/o zero linear (scalar gate)": (["--adapter", "scalar-gate"], 1, 1),
-    "w/o pixel losses (latent only)": (LATENT_ONLY, 1, 1),
+    "w/o pixel losses (latent only)": (["--lambda-lpips", "0", "--lambda-l1", "0", "--lambda-sgcl", "0"], 1, 1),
     "entry: mean": (["--entry", "mean"], 1, 1),
     "entry: clean": (["--entry", "clean"], 1, 1),
     "entry: noised": (["--entry", "noised"], 1, 1),

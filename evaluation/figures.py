@@ -52,12 +52,10 @@ class Models:
 def noted(*networks):
     """Inside, a list of (network, arguments, keywords, result) of each call of the networks, in the order of their ends."""
     calls = []
-    handles = [n.register_forward_hook(lambda *call: calls.append(call), with_kwargs=True) for n in networks]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for network in networks:
+            hooks.enter_context(network.register_forward_hook(lambda *call: calls.append(call), with_kwargs=True))
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 # --- the pictures ------------------------------------------------------------------------------------------------------
@@ -135,9 +133,8 @@ def adapter(m):
     for name in degrade.LEVELS:
         y = degrade.apply(m.x[0], degrade.level(name, m.size))[None]
         with_token = m.student(y)
-        handle = m.student.adapter.register_forward_hook(lambda _, args, z: 0 * z)
-        without = m.student(y)
-        handle.remove()
+        with m.student.adapter.register_forward_hook(lambda _, args, z: 0 * z):
+            without = m.student(y)
         shown = [(f"y, {name}\n{m.note(y)}", y), (f"with\n{m.note(with_token)}", with_token)]
         difference = ("8 times with - without", signed(with_token - without, 8))
         rows.append([*shown, (f"without\n{m.note(without)}", without), difference])
@@ -150,22 +147,21 @@ def critic(m, times=(0.05, 0.1, 0.15, 0.25)):
     eps = torch.randn(x_hat.shape, generator=torch.Generator().manual_seed(0))
     sources = {"noise": eps, "X*": sgcl.mmse_source(x_mmse, eps, m.teacher.sigma_s)}
     rows = [[("x_hat", x_hat)], [("X*", x_mmse)], [("X, the original", m.x)]]
-    titles = ("x_t", "x_clean", "gradient x N / 2")
     for name, source in sources.items():
         for t in times:
-            for row, title, x in zip(rows, titles, critic_at(m, x_hat, torch.tensor([t]), source), strict=True):
+            for row, (title, x) in zip(rows, critic_at(m, x_hat, torch.tensor([t]), source).items(), strict=True):
                 row.append((f"{title}\nfrom {name}, t = {t:g}", x))
     return rows
 
 
 def critic_at(m, x_hat, t, source):
-    """x_t (Eq. 7), x_clean (Eq. 8), and x_hat - x_clean: what Eq. 9's gradient is, but for the factor 2 / N."""
+    """By title: x_t (Eq. 7), x_clean (Eq. 8), and x_hat - x_clean, what Eq. 9's gradient is but for the factor 2 / N."""
     x_t = sgcl.perturb(x_hat, t, source)
     x_clean = sgcl.clean_estimate(x_t, t, m.teacher.velocity)
     with torch.enable_grad():
         leaf = x_hat.clone().requires_grad_()
         sgcl.sgcl_loss(leaf, m.teacher.velocity, t, source).backward()
-    return x_t, x_clean, signed(leaf.grad * leaf.numel() / 2, 1)
+    return {"x_t": x_t, "x_clean": x_clean, "gradient x N / 2": signed(leaf.grad * leaf.numel() / 2, 1)}
 
 
 # --- drawing ----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Quality of input, posterior mean, teacher, students and pictures from elsewhere on the same faces (paper Tab. 1, 2).
 
-Used by `python evaluate.py quality`, and by the ablation. Measured is what restore.py would write, 8 bits a channel, at the
-picture's own size; where that is not the original's (a small input, say) it is resampled for the measures that compare the two.
+Used by `python evaluate.py quality`, and by the ablation. Measured is what restore.py would write, 8 bits a channel.
 """
 
 import statistics
