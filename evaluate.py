@@ -189,8 +189,7 @@ def speed(args, device):
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
     weights = f"random weights in the sizes of {what}" if args.random_weights else what
     text = f"{weights}; {size} px; {precision}; {where}; torch {torch.__version__}; median of {args.repeats} runs\n\n"
-    options = dict(steps=args.steps, repeats=args.repeats, one_step=args.one_step, compiled=args.compile)
-    text += table(student, teacher, size, device, precision, args.batch, **options)
+    text += table(student, teacher, size, device, args.batch, args.steps, args.repeats, args.one_step, args.compile)
     commands.say(text)
     if args.out:
         write_text(args.out / "speed.md", text)

@@ -3,15 +3,15 @@
 Used by `python evaluate.py quality`, and by the ablation. Measured is what restore.py would write, 8 bits a channel.
 """
 
-import statistics
 import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from evaluation.faces import degraded, find_faces, find_pairs, given
-from evaluation.metrics import SETS, PictureMetrics, set_metrics
+from evaluation.metrics import SETS, PictureMetrics, set_metrics, values_of
 from evaluation.tables import TITLES, interval, markdown, write_csv, write_text
 from plumbing import pictures
 from plumbing.commands import optional, say
@@ -166,8 +166,7 @@ def quality_table(lines, sets):
     measured = [m for m in lines[0] if m in TITLES and m != "ms"]
     header = ["", *(TITLES[m] for m in (*measured, *next(iter(sets.values())), "ms"))]
     table = []
-    for method, values in sets.items():
-        own = [line for line in lines if line["method"] == method]
-        cells = [interval([line[m] for line in own], m) for m in measured] + [f"{v:.4f}" for v in values.values()]
-        table.append([method, *cells, f"{statistics.median(line['ms'] for line in own):.0f}"])
+    for method, values in values_of(lines, "method", [*measured, "ms"]).items():
+        cells = [interval(values[m], m) for m in measured] + [f"{v:.4f}" for v in sets[method].values()]
+        table.append([method, *cells, f"{np.median(values['ms']):.0f}"])
     return markdown(header, table)

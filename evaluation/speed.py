@@ -21,7 +21,7 @@ from evaluation.figures import noted
 from evaluation.tables import markdown
 from nets.hdit import HDiT
 from nets.swinir import SwinIR
-from plumbing.devices import synchronize
+from plumbing.devices import dtype_of, synchronize
 from plumbing.published import HDIT, SWINIR
 from student import Student, decode, encode
 from teacher import PMRF
@@ -99,13 +99,13 @@ def peaks(device, dtype):
 # --- the table ------------------------------------------------------------------------------------------------------------
 
 
-def table(student, teacher, size, device, precision, batches, steps, repeats, one_step=False, compiled=False):
-    """All that is measured as Markdown, with notes below; student and teacher stand on `device` in `precision`.
+def table(student, teacher, size, device, batches, steps, repeats, one_step=False, compiled=False):
+    """All that is measured as Markdown, with notes below; student and teacher stand on `device`, in one precision.
 
     batches: pictures at once, of each a block of rows; the parts and the pipeline with the first alone. compiled: torch.compile
     too (minutes). On a GPU also each row as a CUDA graph, which shows what launching its kernels one by one costs.
     """
-    peak, rows, first = peaks(device, {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]), [], {}
+    peak, rows, first = peaks(device, dtype_of(student)), [], {}
     ways = [""] + [GRAPH] * (device.type == "cuda") + [COMPILED] * compiled
     for batch in batches:
         y = torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
