@@ -82,10 +82,9 @@ def ablation(data, cache, out, *, steps, seeds, batch, precision, ranges, limit,
 def train_row(folder, row, steps, cache, common):
     """Both stages of a row, as far as they are missing: the folder of its last checkpoint. common: more options of train.py."""
     options, a, b = ABLATION[row]
-    options = [*common, *options]
-    train(folder / "stage_a", a * steps, cache, ["--stage", "A", *options])
+    train(folder / "stage_a", a * steps, cache, ["--stage", "A", *common, *options])
     if b:
-        train(folder / "stage_b", b * steps, cache, ["--stage", "B", *options], ["--init", folder / "stage_a"])
+        train(folder / "stage_b", b * steps, cache, ["--stage", "B", *common, *options], ["--init", folder / "stage_a"])
     return folder / ("stage_b" if b else "stage_a")
 
 
