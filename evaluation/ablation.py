@@ -11,12 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from evaluation.faces import degraded, find_faces
-from evaluation.metrics import mean_interval
+from evaluation.metrics import values_of
 from evaluation.quality import student_row
-from evaluation.tables import DIGITS, TITLES, markdown, spread, write_csv, write_text
+from evaluation.tables import TITLES, interval, markdown, spread, write_csv, write_text
 from plumbing.commands import say
 from plumbing.devices import prepare
 from plumbing.files import make_folder
@@ -24,7 +22,6 @@ from plumbing.presets import ROOT, load_config, locate, newest_checkpoint
 from plumbing.shards import read_meta
 from student import Student
 
-LATENT_ONLY = ["--lambda-lpips", "0", "--lambda-l1", "0", "--lambda-sgcl", "0"]
 ABLATION = {  # row: options for both stages, steps of Stage A and of Stage B in units of --steps
     "full": ([], 1, 1),
     "baseline: no adapter, no SGCL (Sec. 4.1)": (["--adapter", "none", "--lambda-sgcl", "0"], 1, 1),
@@ -32,7 +29,7 @@ ABLATION = {  # row: options for both stages, steps of Stage A and of Stage B in
     "w/o SGCL": (["--lambda-sgcl", "0"], 1, 1),
     "SGCL from the posterior mean": (["--sgcl-source", "mmse"], 1, 1),
     "w/o zero linear (scalar gate)": (["--adapter", "scalar-gate"], 1, 1),
-    "w/o pixel losses (latent only)": (LATENT_ONLY, 1, 1),
+    "w/o pixel losses (latent only)": (["--lambda-lpips", "0", "--lambda-l1", "0", "--lambda-sgcl", "0"], 1, 1),
     "entry: mean": (["--entry", "mean"], 1, 1),
     "entry: clean": (["--entry", "clean"], 1, 1),
     "entry: noised": (["--entry", "noised"], 1, 1),
@@ -61,15 +58,15 @@ def ablation(data, cache, out, *, steps, seeds, batch, precision, ranges, limit,
         f"{len(found)} faces, drawn from {ranges}, seed 0{measures.note()}. Mean over seeds (lowest to highest). "
         "The differences are paired by face and seed, with the 95 % interval of drawing faces and seeds with replacement.\n\n"
     )
-    fixes = {"full": "wavelet", "w/o colour correction": "none"}  # measured on the same students
     own = f"entry: {load_config(meta['preset'])['entry']}"  # the full model's, so no row of its own
     for row in [row for row in ABLATION if row != own]:
         for seed in seeds:
             folder = out / "".join(c if c.isalnum() else "_" for c in row) / f"seed_{seed}"
             common = ["--batch", batch, "--precision", precision, "--seed", seed]
             student = prepare(Student.load(train_row(folder, row, steps, cache, common), merge=True), device)
-            own_fixes = fixes if row == "full" else {row: "wavelet"}
-            methods = {name: student_row(student, fix, device) for name, fix in own_fixes.items()}
+            methods = {row: student_row(student, "wavelet", device)}
+            if row == "full":
+                methods["w/o colour correction"] = student_row(student, "none", device)
             faces = degraded(found, student.image_size, "default", ranges, seed=0)  # whatever the training seed
             done, of_set = measures(methods, faces, out)
             for name, value in of_set.items():
@@ -85,12 +82,10 @@ def ablation(data, cache, out, *, steps, seeds, batch, precision, ranges, limit,
 def train_row(folder, row, steps, cache, common):
     """Both stages of a row, as far as they are missing: the folder of its last checkpoint. common: more options of train.py."""
     options, a, b = ABLATION[row]
-    options = [*common, *options]
-    train(folder / "stage_a", a * steps, cache, ["--stage", "A", *options])
-    if not b:
-        return folder / "stage_a"
-    train(folder / "stage_b", b * steps, cache, ["--stage", "B", *options], ["--init", folder / "stage_a"])
-    return folder / "stage_b"
+    train(folder / "stage_a", a * steps, cache, ["--stage", "A", *common, *options])
+    if b:
+        train(folder / "stage_b", b * steps, cache, ["--stage", "B", *common, *options], ["--init", folder / "stage_a"])
+    return folder / ("stage_b" if b else "stage_a")
 
 
 def train(folder, steps, cache, options, init=()):
@@ -103,8 +98,9 @@ def train(folder, steps, cache, options, init=()):
     if note.is_file():
         before = json.loads(note.read_text())
         if differ := [f"{key} {before.get(key)} (now {v})" for key, v in wanted.items() if before.get(key) != v]:
-            got = ", ".join(differ)
-            raise ValueError(f"expected in {folder} a run of these options, got another: {got}: delete it")
+            raise ValueError(
+                f"expected in {folder} a run of these options, got another: {', '.join(differ)}: delete it"
+            )
         newest_checkpoint(folder)
         return
     command = [sys.executable, ROOT / "train.py", "--out", folder, "--steps", steps, "--cache", cache, *options, *init]
@@ -132,24 +128,14 @@ def ablation_table(lines, sets):
     """
     measured = [m for m in lines[0] if m in TITLES]
     paired = [m for m in measured if m.startswith("lpips")]
-    values = {}  # row: measure: array (seeds, faces)
-    for row in dict.fromkeys(line["row"] for line in lines):
-        own = [line for line in lines if line["row"] == row]
-        seeds = dict.fromkeys(line["seed"] for line in own)
-        values[row] = {m: np.array([[line[m] for line in own if line["seed"] == s] for s in seeds]) for m in measured}
+    values = values_of(lines, "row", measured)
     first, cells = next(iter(values.values())), {}
     for row, v in values.items():
         cells[row] = [spread([statistics.fmean(face) for face in v[m]], m) for m in measured]
         cells[row] += [spread([s[m] for s in sets[row]], m) for m in sets[row][0]]
-        cells[row] += ["" if v is first else signed(mean_interval(v[m] - first[m]), m) for m in paired]
+        cells[row] += ["" if v is first else interval(v[m] - first[m], m, "+") for m in paired]
     titles = [TITLES[m] for m in (*measured, *next(iter(sets.values()))[0])]
     header = ["", *titles, *(f"{TITLES[m]} minus full's" for m in paired)]
     added = [[name, *cells[row]] for name, row in CUMULATIVE.items() if row in cells]
     whole = markdown(header, [[row, *c] for row, c in cells.items()])
     return f"{whole}\nFig. 6, cumulative:\n\n{markdown(header, added)}"
-
-
-def signed(mean_low_high, metric):
-    """A difference and its interval, as text."""
-    mean, low, high = (f"{v:+.{DIGITS.get(metric, 4)}f}" for v in mean_low_high)
-    return f"{mean} [{low}, {high}]"

@@ -63,10 +63,9 @@ def find_pairs(lq, hq=None, restored=(), limit=None):
     """
     folders = [lq, *([hq] if hq else []), *restored]
     files = [by_name(folder, results=k >= len(folders) - len(restored)) for k, folder in enumerate(folders)]
-    names = list(files[0])[:limit]
-    names += [] if limit else [name for other in files[1:] for name in other if name not in files[0]]
+    names = list(files[0])[:limit] if limit else dict.fromkeys(name for own in files for name in own)
     good, failed = [], 0
-    for i, name in enumerate(dict.fromkeys(names)):
+    for i, name in enumerate(names):
         paths = [own.get(name) for own in files]
         if None in paths:
             lacking = ", ".join(str(folder) for folder, path in zip(folders, paths, strict=True) if path is None)
@@ -83,20 +82,16 @@ def find_pairs(lq, hq=None, restored=(), limit=None):
 
 def by_name(folder, results):
     """{path in the folder without suffix: path} of its pictures: of the results in it, or of the others."""
-    found, files = find_images([folder]), {}
-    for path in sorted(found, key=is_named_result) if results else without_results(found, beside=True):
+    found, files, restored = find_images([folder]), {}, {}
+    for path in found if results else without_results(found, beside=True):
         name = str(Path(relative(path, folder)).with_suffix(""))
-        if results and is_named_result(path):
-            files[name.removesuffix("_restored")] = path  # rather than the input beside it
+        if results and name.endswith("_restored"):
+            restored[name.removesuffix("_restored")] = path
         elif name in files:
             raise ValueError(f"expected one picture {name} in {folder}, got {files[name]} and {path}: remove one")
         elif not (results and name.endswith("_compare")):
             files[name] = path
-    return files
-
-
-def is_named_result(path):
-    return path.stem.endswith("_restored")
+    return files | restored  # a result rather than the input beside it
 
 
 def given(pairs, lq, hq=None, seed=0):

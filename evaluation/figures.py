@@ -4,7 +4,7 @@ Used by `python evaluate.py figures`. What happens inside a step is not computed
 note what went in and out while the real functions run (`noted`). Everything runs on the CPU in float32, with fixed seeds, so
 that two runs on one machine write the same bytes.
 
-A picture is rows of (caption, x) with x (3, H, W) in [0, 1]: FIGURES says which function makes which file.
+A picture is rows of (caption, x) with x (3, H, W) in [0, 1]: PICTURES says which function makes which file.
 """
 
 import contextlib
@@ -30,14 +30,13 @@ from teacher import PMRF
 DATA = ROOT / "docs" / "data"  # the validation's CSVs
 FACE = ROOT / "samples" / "clean" / "collins.png"
 MAX_BYTES = 300_000
-COPIES = 200  # of the face, for the plot of tokens
 
 
 class Models:
     """The student, its teacher, a clean face x and its degraded copy y, (1, 3, S, S); note(x_hat): its two numbers as text."""
 
-    def __init__(self, checkpoint="tiny", size=None):
-        self.student = Student.load(checkpoint, merge=True)
+    def __init__(self, size=None):
+        self.student = Student.load("tiny", merge=True)
         self.teacher = PMRF.from_pretrained(locate(self.student.config["teacher"]))
         self.size = size or self.student.image_size
         self.x = pictures.square(pictures.read_image(FACE), self.size)[None]
@@ -50,21 +49,20 @@ class Models:
 
 
 @contextlib.contextmanager
-def noted(network):
-    """Inside, a list of (arguments, result) of each call of the network."""
+def noted(*networks):
+    """Inside, a list of (network, arguments, keywords, result) of each call of the networks, in the order of their ends."""
     calls = []
-    handle = network.register_forward_hook(lambda _, args, result: calls.append((args, result)))
-    try:
+    with contextlib.ExitStack() as hooks:
+        for network in networks:
+            hooks.enter_context(network.register_forward_hook(lambda *call: calls.append(call), with_kwargs=True))
         yield calls
-    finally:
-        handle.remove()
 
 
-# --- Sec. 4: the degradation ------------------------------------------------------------------------------------------
+# --- the pictures ------------------------------------------------------------------------------------------------------
 
 
 def degradation(m):
-    """One face through blur, downsampling, noise, JPEG, and up again, for the three fixed levels."""
+    """Sec. 4: one face through blur, downsampling, noise, JPEG, and up again, for the three fixed levels."""
     rows = []
     for name in degrade.LEVELS:
         p = degrade.level(name, m.size)
@@ -76,17 +74,14 @@ def degradation(m):
     return rows
 
 
-# --- Eq. 2-4: posterior mean and transport ----------------------------------------------------------------------------
-
-
 def transport(m):
-    """The posterior mean, the flow's states and velocities on its way in 25 steps, and the ends of 1, 2, 5, 25 steps."""
+    """Eq. 2-4: the posterior mean, the flow's states and velocities in 25 steps, and the ends of 1, 2, 5, 25 steps."""
     x_mmse = m.teacher.posterior_mean(m.y)
     with noted(m.teacher.model) as calls:
         end = m.teacher.restore(m.y, steps=25, seed=0)
-    times = range(0, 25, 4)[:6]  # 0, 0.16, ... 0.8
-    states = [(f"x_t, t = {i / 25:g}", calls[i][0][0]) for i in times]
-    velocities = [(f"v(x_t, t = {i / 25:g}), x 2", signed(calls[i][1], 2)) for i in times]
+    way = [(i / 25, x_t, v) for i, (_, (x_t, _), _, v) in enumerate(calls)][:21:4]  # t = 0, 0.16, ... 0.8
+    states = [(f"x_t, t = {t:g}", x_t) for t, x_t, _ in way]
+    velocities = [(f"v(x_t, t = {t:g}), x 2", signed(v, 2)) for t, _, v in way]
     ends = [(f"{k} step{'s' * (k > 1)}\n{m.note(v)}", v)
             for k in (1, 2, 5, 25) for v in [m.teacher.restore(m.y, steps=k, seed=0)]]  # fmt: skip
     top = [(f"y\n{m.note(m.y)}", m.y), (f"X* (Eq. 2)\n{m.note(x_mmse)}", x_mmse), *ends, ("X, the original", m.x)]
@@ -94,11 +89,8 @@ def transport(m):
     return [top, [*states, ("x(1) (Eq. 4)", end)], [*velocities, change]]
 
 
-# --- Sec. 3.2: the space bridge ---------------------------------------------------------------------------------------
-
-
 def bridge(m):
-    """The teacher's picture, the first channels of its latent, the picture that comes back, and 8 times the difference."""
+    """Sec. 3.2: the teacher's picture, the first channels of its latent, what comes back, and 8 times the difference."""
     x_target = m.teacher.restore(m.y, seed=0)
     z = encode(m.student.vae, x_target)
     back = decode(m.student.vae, z)
@@ -108,16 +100,13 @@ def bridge(m):
     return [[("T(y), the teacher's picture", x_target), *channels, *after]]
 
 
-# --- Eq. 5: the one step ----------------------------------------------------------------------------------------------
-
-
 def one_step(m):
-    """What enters the UNet, what it says, and what the step makes of it, beside the teacher's picture."""
+    """Eq. 5: what enters the UNet, what it says, and what the step makes of it, beside the teacher's picture."""
     s = m.student
     with noted(s.unet) as calls:
         z = s.step(encode(s.vae, m.y), m.y)
-    ((z_tau, *_), said), alpha_bar = calls[0], s.alphas_bar[s.tau]
-    x_0 = x0_from_eps(z_tau, said.sample, alpha_bar)
+    ((_, (z_tau, *_), _, said),) = calls
+    x_0 = x0_from_eps(z_tau, said.sample, s.alphas_bar[s.tau])
     x_hat, x_target = decode(s.vae, z), m.teacher.restore(m.y, seed=0)
     moved = decode(s.vae, x_0) - decode(s.vae, encode(s.vae, m.y))
     into = [(f"y\n{m.note(m.y)}", m.y), (f"D(z_tau), tau = {s.tau}", decode(s.vae, z_tau))]
@@ -128,11 +117,8 @@ def one_step(m):
     return [into, out, [*beside, ("X, the original", m.x)]]
 
 
-# --- Sec. 3.3.1: the degradation token --------------------------------------------------------------------------------
-
-
-def tokens(m, copies=COPIES):
-    """SVG: the tokens of many degraded copies of the face on two axes, coloured by what was done to them."""
+def tokens(m, copies=200):
+    """Sec. 3.3.1, SVG: the tokens of many degraded copies of the face on two axes, coloured by what was done to them."""
     ranges, rng = dataclasses.replace(degrade.RANGES["difface"], gray=0.0), np.random.default_rng(0)
     drawn = [degrade.sample(rng, ranges, m.size) for _ in range(copies)]
     e_dino = [vit_tokens(m.student.dino, degrade.apply(m.x[0], p)[None])[0, 0].numpy() for p in drawn]
@@ -142,45 +128,40 @@ def tokens(m, copies=COPIES):
 
 
 def adapter(m):
-    """The student's picture with the adapter's token and without, at each level."""
+    """Sec. 3.3.1: the student's picture with the adapter's token and without, at each level."""
     rows = []
     for name in degrade.LEVELS:
         y = degrade.apply(m.x[0], degrade.level(name, m.size))[None]
         with_token = m.student(y)
-        handle = m.student.adapter.register_forward_hook(lambda _, args, z: 0 * z)
-        without = m.student(y)
-        handle.remove()
+        with m.student.adapter.register_forward_hook(lambda _, args, z: 0 * z):
+            without = m.student(y)
         shown = [(f"y, {name}\n{m.note(y)}", y), (f"with\n{m.note(with_token)}", with_token)]
         difference = ("8 times with - without", signed(with_token - without, 8))
         rows.append([*shown, (f"without\n{m.note(without)}", without), difference])
     return rows
 
 
-# --- Eq. 7-9: SGCL ----------------------------------------------------------------------------------------------------
-
-
 def critic(m, times=(0.05, 0.1, 0.15, 0.25)):
-    """x_t, x_clean and Eq. 9's gradient at four times, on the left from noise, on the right from the posterior mean."""
+    """Eq. 7-9: x_t, x_clean and the gradient at four times, on the left from noise, on the right from the posterior mean."""
     x_hat, x_mmse = m.student(m.y), m.teacher.posterior_mean(m.y)
     eps = torch.randn(x_hat.shape, generator=torch.Generator().manual_seed(0))
     sources = {"noise": eps, "X*": sgcl.mmse_source(x_mmse, eps, m.teacher.sigma_s)}
     rows = [[("x_hat", x_hat)], [("X*", x_mmse)], [("X, the original", m.x)]]
-    titles = ("x_t", "x_clean", "gradient x N / 2")
     for name, source in sources.items():
         for t in times:
-            for row, title, x in zip(rows, titles, critic_at(m, x_hat, torch.tensor([t]), source), strict=True):
+            for row, (title, x) in zip(rows, critic_at(m, x_hat, torch.tensor([t]), source).items(), strict=True):
                 row.append((f"{title}\nfrom {name}, t = {t:g}", x))
     return rows
 
 
 def critic_at(m, x_hat, t, source):
-    """x_t (Eq. 7), x_clean (Eq. 8), and x_hat - x_clean: what Eq. 9's gradient is, but for the factor 2 / N."""
+    """By title: x_t (Eq. 7), x_clean (Eq. 8), and x_hat - x_clean, what Eq. 9's gradient is but for the factor 2 / N."""
     x_t = sgcl.perturb(x_hat, t, source)
     x_clean = sgcl.clean_estimate(x_t, t, m.teacher.velocity)
     with torch.enable_grad():
         leaf = x_hat.clone().requires_grad_()
         sgcl.sgcl_loss(leaf, m.teacher.velocity, t, source).backward()
-    return x_t, x_clean, signed(leaf.grad * leaf.numel() / 2, 1)
+    return {"x_t": x_t, "x_clean": x_clean, "gradient x N / 2": signed(leaf.grad * leaf.numel() / 2, 1)}
 
 
 # --- drawing ----------------------------------------------------------------------------------------------------------

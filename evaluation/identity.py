@@ -50,18 +50,16 @@ class Identity:
 
     def features(self, x):
         """f(x): (1, 3, H, W) -> (D,)."""
-        x = whole_face(x, self.size) if self.channels == 1 else arcface_crop(x, self.size)
+        if self.channels == 1:
+            x = F.interpolate(to_gray(x)[:, :1], self.size, mode="bilinear")
+        else:
+            x = arcface_crop(x, self.size)
         return self.network.run(None, {self.input: (2 * x - 1).cpu().numpy()})[0].ravel().astype(np.float64)
 
     def __call__(self, x_hat, x):
         a, b = self.features(x_hat), self.features(x)
         ids = float(np.clip(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)), -1, 1))
         return {"ids": ids, "deg": math.degrees(math.acos(ids))}
-
-
-def whole_face(x, size):
-    """(1, 3, H, W) -> (1, 1, size, size), gray."""
-    return F.interpolate(to_gray(x)[:, :1], (size, size), mode="bilinear", align_corners=False)
 
 
 def arcface_crop(x, size):

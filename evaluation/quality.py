@@ -1,18 +1,17 @@
 """Quality of input, posterior mean, teacher, students and pictures from elsewhere on the same faces (paper Tab. 1, 2).
 
-Used by `python evaluate.py quality`, and by the ablation. Measured is what restore.py would write, 8 bits a channel, at the
-picture's own size; where that is not the original's (a small input, say) it is resampled for the measures that compare the two.
+Used by `python evaluate.py quality`, and by the ablation. Measured is what restore.py would write, 8 bits a channel.
 """
 
-import statistics
 import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from evaluation.faces import degraded, find_faces, find_pairs, given
-from evaluation.metrics import SETS, PictureMetrics, set_metrics
+from evaluation.metrics import SETS, PictureMetrics, set_metrics, values_of
 from evaluation.tables import TITLES, interval, markdown, write_csv, write_text
 from plumbing import pictures
 from plumbing.commands import optional, say
@@ -43,8 +42,8 @@ def methods(students, teacher, steps, device):
     """Input, posterior mean, teacher at each K of steps, the students, and the teacher's picture through the VAE."""
     first, last = next(iter(students.values())), max(steps)
 
-    def row(model, color_fix="none"):
-        return lambda face: restore(lambda y: model(y, face.seed), first.image_size, [face.y], color_fix, device)[0]
+    def row(model):
+        return lambda face: restore(lambda y: model(y, face.seed), first.image_size, [face.y], "none", device)[0]
 
     rows = {"input": lambda face: face.y, "posterior mean": row(lambda y, _: teacher.posterior_mean(y))}
     for k in steps:
@@ -58,11 +57,6 @@ def methods(students, teacher, steps, device):
 def student_row(student, color_fix, device):
     """The one step and a colour correction of restore.py."""
     return lambda face: restore(student, student.image_size, [face.y], color_fix, device)[0]
-
-
-def read_rows(folders):
-    """Pictures that some other program restored; the faces come from `given`."""
-    return {f"restored {f}": lambda face, k=k: pictures.read_image(face.restored[k]) for k, f in enumerate(folders)}
 
 
 # --- what is compared on what: rows, [(level, title, number of faces, faces), ...], number of pictures left out ----------
@@ -87,7 +81,8 @@ def given_faces(lq, hq, restored, checkpoints, *, steps, seed, limit, device, pr
     """
     pairs, failed = find_pairs(lq, hq, restored, limit)
     models = load_models(checkpoints, device, precision) if checkpoints else None
-    rows = (methods(*models, steps, device) if models else {"input": lambda face: face.y}) | read_rows(restored)
+    rows = methods(*models, steps, device) if models else {"input": lambda face: face.y}
+    rows |= {f"restored {f}": lambda face, k=k: pictures.read_image(face.restored[k]) for k, f in enumerate(restored)}
     title = f"{lq}, {len(pairs)} pictures" + f", originals in {hq}" * bool(hq) + f", seed {seed}" * bool(models)
     return rows, [("given", title, len(pairs), given(pairs, lq, hq, seed))], failed
 
@@ -115,29 +110,22 @@ class Measures:
         lines = []
         with tempfile.TemporaryDirectory(prefix=".pictures_", dir=out) as scratch:
             for i, face in enumerate(faces):
+                kept = {} if self.reference else {"original": face.x}
                 for row, method in rows.items():
                     if row not in self.warm:
                         timed(method, face, self.device)  # the first call is slower
                         self.warm.add(row)
-                    x_hat, ms = timed(method, face, self.device)
-                    lines.append({"method": row, "face": face.name, **self.picture(x_hat, face.x), "ms": round(ms, 3)})
-                    self.keep(scratch, row, i, x_hat)
-                if self.reference is None:
-                    self.keep(scratch, "original", i, face.x)
-            reference = self.reference or folder_of(scratch, "original")
-            return lines, {row: self.of_set(folder_of(scratch, row), reference, scratch) for row in rows}
+                    kept[row], ms = timed(method, face, self.device)
+                    values = self.picture(kept[row], face.x)
+                    lines.append({"method": row, "face": face.name, **values, "ms": round(ms, 3)})
+                for row, x in kept.items() if self.sets else ():
+                    pictures.write_image(make_folder(folder_of(scratch, row)) / f"{i:05d}.png", x)
+            compared = (self.reference or folder_of(scratch, "original"), self.sets, self.device, scratch)
+            return lines, {row: set_metrics(folder_of(scratch, row), *compared) if self.sets else {} for row in rows}
 
     def note(self):
         """What the measures of sets compare with, for a table's heading."""
         return f"; {', '.join(self.sets)} against {self.reference or 'these originals'}" if self.sets else ""
-
-    def keep(self, scratch, row, i, x):
-        """Saves a picture for the measures of sets."""
-        if self.sets:
-            pictures.write_image(make_folder(folder_of(scratch, row)) / f"{i:05d}.png", x)
-
-    def of_set(self, folder, reference, scratch):
-        return set_metrics(folder, reference, self.sets, self.device, scratch) if self.sets else {}
 
 
 def folder_of(scratch, row):
@@ -178,8 +166,7 @@ def quality_table(lines, sets):
     measured = [m for m in lines[0] if m in TITLES and m != "ms"]
     header = ["", *(TITLES[m] for m in (*measured, *next(iter(sets.values())), "ms"))]
     table = []
-    for method, values in sets.items():
-        own = [line for line in lines if line["method"] == method]
-        cells = [interval([line[m] for line in own], m) for m in measured] + [f"{v:.4f}" for v in values.values()]
-        table.append([method, *cells, f"{statistics.median(line['ms'] for line in own):.0f}"])
+    for method, values in values_of(lines, "method", [*measured, "ms"]).items():
+        cells = [interval(values[m], m) for m in measured] + [f"{v:.4f}" for v in sets[method].values()]
+        table.append([method, *cells, f"{np.median(values['ms']):.0f}"])
     return markdown(header, table)

@@ -10,11 +10,9 @@ import json
 import math
 from pathlib import Path
 
-from PIL import Image
-
+from evaluation.figures import image
 from evaluation.quality import CEILING, timed
 from evaluation.tables import DIGITS, TITLES, write_text
-from plumbing import pictures
 from plumbing.commands import say
 from plumbing.files import make_folder
 
@@ -33,7 +31,9 @@ def report(rows, tables, out, measures):
         shown = {name: timed(method, face, measures.device)[0] for name, method in rows.items()}
         values = {name: measures.picture(x_hat, face.x) for name, x_hat in shown.items()}
         size = list(shown["input"].shape[:0:-1])  # width, height
-        faces.append({"name": face.name, "size": size, "values": {name: finite(v) for name, v in values.items()}})
+        # null for the PSNR of a picture with itself, since JSON knows no infinity
+        numbers = {name: [v if math.isfinite(v) else None for v in own.values()] for name, own in values.items()}
+        faces.append({"name": face.name, "size": size, "values": numbers})
         shown |= {} if face.x is None else {"original": face.x}
         for k, x in enumerate(shown.values()):
             data = base64.b64encode(compress(x, limit, qualities)).decode()
@@ -48,20 +48,15 @@ def report(rows, tables, out, measures):
     say(f"{out}: {len(faces)} faces, {len(page) / 1e6:.1f} MB")
 
 
-def finite(values):
-    """The numbers of a picture in their order, as JSON knows them: none for the PSNR of a picture with itself."""
-    return [v if math.isfinite(v) else None for v in values.values()]
-
-
 def compress(x, limit, qualities):
     """x (3, H, W) as WebP of at most `limit` bytes, in the first of `qualities` (None: lossless) that does it, or the last.
 
     What is too large is dropped from `qualities`, so that the next picture does not try it again.
     """
-    image = Image.fromarray(pictures.to_uint8(x).permute(1, 2, 0).contiguous().numpy())
+    picture = image(x)
     while True:
         f = io.BytesIO()
-        image.save(f, "WEBP", lossless=qualities[0] is None, quality=qualities[0] or 20, method=2)
+        picture.save(f, "WEBP", lossless=qualities[0] is None, quality=qualities[0] or 20, method=2)
         if len(f.getvalue()) <= limit or len(qualities) == 1:
             return f.getvalue()
         qualities.pop(0)

@@ -9,6 +9,7 @@ random weights of the published sizes serve. Used by `python evaluate.py speed`.
 import ctypes
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -16,9 +17,11 @@ import torch
 from diffusers import AutoencoderKL, LCMScheduler, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
+from evaluation.figures import noted
+from evaluation.tables import markdown
 from nets.hdit import HDiT
 from nets.swinir import SwinIR
-from plumbing.devices import synchronize
+from plumbing.devices import dtype_of, synchronize
 from plumbing.published import HDIT, SWINIR
 from student import Student, decode, encode
 from teacher import PMRF
@@ -46,28 +49,16 @@ def methods(student, teacher, y, steps, one_step):
 
 
 def parts(student, y):
-    """{part: function that runs it alone}; the arguments of the inner ones are caught in one real step."""
-    inner, seen, hooks = {"spatial encoder": student.spatial_encoder, "UNet": student.unet}, {}, []
-    inner["visual encoder"] = student.visual_encoder
-    for name, module in inner.items():
-
-        def catch(module, args, kwargs, name=name):
-            seen[name] = (args, kwargs)
-
-        hooks.append(module.register_forward_pre_hook(catch, with_kwargs=True))
-    with torch.inference_mode():
+    """{part: function that runs it alone}; the arguments of the inner ones are noted in one real step."""
+    with noted(student.visual_encoder, student.spatial_encoder, student.unet) as calls, torch.inference_mode():
         z = student.step(encode(student.vae, y), y)
-    for hook in hooks:
-        hook.remove()
-
-    def run(name):
-        args, kwargs = seen[name]
-        return lambda: inner[name](*args, **kwargs)
-
+    visual_encoder, spatial_encoder, unet = (partial(network, *args, **kwargs) for network, args, kwargs, _ in calls)
     return {
         "- VAE encoder": lambda: encode(student.vae, y),
         "- CLIP and DINOv2": lambda: student.features(y),
-        **{f"- {name}": run(name) for name in ("visual encoder", "spatial encoder", "UNet")},
+        "- visual encoder": visual_encoder,
+        "- spatial encoder": spatial_encoder,
+        "- UNet": unet,
         "- VAE decoder": lambda: decode(student.vae, z),
     }
 
@@ -87,22 +78,20 @@ def pipeline(student, y, steps=(1, 4)):
         scheduler=LCMScheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
+    given = dict(image=y, guidance_scale=1.0, output_type="pt", generator=torch.Generator())
     with torch.inference_mode():
-        given = dict(image=y, prompt_embeds=student.context(y), guidance_scale=1.0, output_type="pt")
-
-    def run(k):
-        return lambda: pipe(**given, num_inference_steps=k, generator=torch.Generator().manual_seed(0)).images
-
-    return {f"diffusers' pipeline, {k} step{'s' * (k > 1)}": run(k) for k in steps}
+        given["prompt_embeds"] = student.context(y)
+    return {
+        f"diffusers' pipeline, {k} step{'s' * (k > 1)}": partial(pipe, **given, num_inference_steps=k) for k in steps
+    }
 
 
 def peaks(device, dtype):
     """TFLOP/s of this machine in dtype: a large matrix product, and a 3 x 3 convolution of 256 channels at the VAE's 256 px."""
-    n, repeats = (8192, 10) if device.type == "cuda" else (2048, 3)
+    n, batch, repeats = (8192, 8, 10) if device.type == "cuda" else (2048, 1, 3)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    x = torch.randn(8 if device.type == "cuda" else 1, 256, 256, 256, device=device, dtype=dtype)
+    x = torch.randn(batch, 256, 256, 256, device=device, dtype=dtype).to(memory_format=torch.channels_last)
     conv = torch.nn.Conv2d(256, 256, 3, padding=1, device=device, dtype=dtype).to(memory_format=torch.channels_last)
-    x = x.to(memory_format=torch.channels_last)
     work = {"matrix product": (lambda: a @ b, 2 * n**3), "convolution": (lambda: conv(x), 18 * 256 * x.numel())}
     return {name: flop / median_ms(run, repeats, device) / 1e9 for name, (run, flop) in work.items()}
 
@@ -110,13 +99,13 @@ def peaks(device, dtype):
 # --- the table ------------------------------------------------------------------------------------------------------------
 
 
-def table(student, teacher, size, device, precision, batches, steps, repeats, one_step=False, compiled=False):
-    """(header, rows, notes) of all that is measured; student and teacher stand on `device` in `precision`.
+def table(student, teacher, size, device, batches, steps, repeats, one_step=False, compiled=False):
+    """All that is measured as Markdown, with notes below; student and teacher stand on `device`, in one precision.
 
     batches: pictures at once, of each a block of rows; the parts and the pipeline with the first alone. compiled: torch.compile
     too (minutes). On a GPU also each row as a CUDA graph, which shows what launching its kernels one by one costs.
     """
-    peak, rows, first = peaks(device, {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]), [], {}
+    peak, rows, first = peaks(device, dtype_of(student)), [], {}
     ways = [""] + [GRAPH] * (device.type == "cuda") + [COMPILED] * compiled
     for batch in batches:
         y = torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
@@ -132,7 +121,7 @@ def table(student, teacher, size, device, precision, batches, steps, repeats, on
                 rows.append([name, batch, way or "eager", *cells(row, first["student, 1 step"], max(peak.values()))])
     header = ["", "batch", "run", "TFLOP a face", "ms a face", "times the student", "share of the peak"]
     header += ["memory beyond the weights, MB", "seconds to prepare"]
-    return header, rows, notes(peak, first, steps, one_step)
+    return markdown(header, rows) + "\n" + "\n".join(notes(peak, first, steps, one_step)) + "\n"
 
 
 def cells(row, student, peak):
@@ -147,8 +136,7 @@ def notes(peak, first, steps, one_step):
     student, mean = first["student, 1 step"], first["posterior mean"]
     for k in steps:
         if one_step:
-            step = first["one Euler step"]
-            teacher = {key: mean[key] + k * step[key] for key in ("ms", "tflop")}  # computed, not measured
+            teacher = {key: mean[key] + k * first["one Euler step"][key] for key in ("ms", "tflop")}
         else:
             teacher = first[f"teacher, {k} step{'s' * (k > 1)}"]
         ratios = [teacher[key] / student[key] for key in ("ms", "tflop")]

@@ -24,11 +24,10 @@ TITLES = {  # which variant is measured stands beside the name
 DIGITS = {"psnr": 2, "mse": 1, "musiq": 2, "niqe": 2, "deg": 2}  # the others have 4
 
 
-def interval(values, metric):
-    """The mean over faces with its 95 % interval, as text."""
-    mean, low, high = mean_interval(values)
-    d = DIGITS.get(metric, 4)
-    return f"{mean:.{d}f} [{low:.{d}f}, {high:.{d}f}]"
+def interval(values, metric, sign=""):
+    """The mean over faces with its 95 % interval, as text; sign: "+" for differences."""
+    mean, low, high = (f"{v:{sign}.{DIGITS.get(metric, 4)}f}" for v in mean_interval(values))
+    return f"{mean} [{low}, {high}]"
 
 
 def spread(values, metric):

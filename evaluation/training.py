@@ -55,47 +55,45 @@ def training_page(run, out):
         picture = f'<h2>LQ | student | X†, at the last checkpoint</h2>\n<img alt="" src="data:image/png;base64,{data}">'
     rows = "".join(f"<tr><td>{escape(k)}<td>{escape(json.dumps(v))}" for k, v in config.items())
     settings = f"<table>{rows}</table>" if rows else "<p>None yet: the first checkpoint brings them.</p>"
-    title = escape(f"Training {run}")
-    parts = dict(curves=curves(lines, config.get("batch")), grid=picture, settings=settings)
-    page = PAGE.format(title=title, summary=summary, **parts)
+    title, plots = escape(f"Training {run}"), curves(lines, config.get("batch"))
+    page = PAGE.format(title=title, summary=summary, curves=plots, grid=picture, settings=settings)
     write_text(out, page)
     say(f"{out}: {len(lines)} logged steps, {len(page) / 1e6:.1f} MB")
 
 
 def curves(lines, batch):
     """SVG: each term of Eq. 6 raw, all of them weighted, the learning rate, and the pace where the batch is known."""
-    steps = [line["step"] for line in lines]
     at = [(40 + 350 * (i % 3) + 30, 40 + 260 * (i // 3), 280, 170) for i in range(7)]
     marks = []
     for box, (name, title) in zip(at, TERMS.items(), strict=False):
-        marks += curve(box, f"{title}, raw", *series(lines, "raw", name))
-    weighted = {name: series(lines, "weighted", name) for name in TERMS}
-    marks += together(at[4], "weighted, as summed in Eq. 6", {name: xy for name, xy in weighted.items() if xy[0]})
-    marks += curve(at[5], "learning rate", steps, [line["lr"] for line in lines])
-    pace = [(b - a) / line["seconds"] * (batch or 1) for a, b, line in zip([0, *steps], steps, lines, strict=False)]
-    marks += curve(at[6], "samples a second" if batch else "steps a second", steps, pace)
+        marks += curve(box, f"{title}, raw", series(lines, "raw", name))
+    weighted = {name: points for name in TERMS if (points := series(lines, "weighted", name))}
+    marks += together(at[4], "weighted, as summed in Eq. 6", weighted)
+    marks += curve(at[5], "learning rate", [(line["step"], line["lr"]) for line in lines])
+    steps = [0, *(line["step"] for line in lines)]
+    pace = [(b, (b - a) / line["seconds"] * (batch or 1)) for a, b, line in zip(steps, steps[1:], lines, strict=False)]
+    marks += curve(at[6], "samples a second" if batch else "steps a second", pace)
     return svg(1080, 800, marks)
 
 
 def series(lines, kind, name):
-    """Steps and values of a term, where it was computed: SGCL is in some steps only, and 0 in the others."""
-    found = [(line["step"], line[kind][name]) for line in lines if line["raw"].get(name)]
-    return [step for step, _ in found], [value for _, value in found]
+    """[(step, value), ...] of a term, where it was computed: SGCL is in some steps only, and 0 in the others."""
+    return [(line["step"], line[kind][name]) for line in lines if line["raw"].get(name)]
 
 
-def curve(box, title, steps, values):
-    if not steps:
+def curve(box, title, points):
+    if not points:
         return [text(box[0], box[1] - 10, f"{title}: not computed")]
-    return together(box, f"{title}: {values[-1]:.4g}", {"": (steps, values)})
+    return together(box, f"{title}: {points[-1][1]:.4g}", {"": points})
 
 
 def together(box, title, named):
-    """The marks of several curves {name: (steps, values)} in one box, with a legend."""
-    xs, ys = ([v for xy in named.values() for v in xy[k]] for k in (0, 1))
+    """The marks of several curves {name: [(step, value), ...]} in one box, with a legend."""
+    xs, ys = zip(*(point for points in named.values() for point in points), strict=True)
     a = Axes(box, limits(xs), limits([0, *ys]), title, "step")
-    for i, (name, (steps, values)) in enumerate(named.items()):
-        a.line(steps, values, COLOURS[i])
-        if len(steps) == 1:
-            a.dot(steps[0], values[0], COLOURS[i], 3)
+    for i, (name, points) in enumerate(named.items()):
+        a.line(*zip(*points, strict=True), COLOURS[i])
+        if len(points) == 1:
+            a.dot(*points[0], COLOURS[i], 3)
         a.marks.append(text(box[0] + box[2], box[1] + 14 + 16 * i, TERMS.get(name, ""), "end", COLOURS[i]))
     return a.marks

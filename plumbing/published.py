@@ -150,15 +150,22 @@ def load_lpips():
     Returns a frozen lpips.LPIPS: lpips_fn(a, b, normalize=True), images (B, 3, H, W) in [0, 1] -> (B, 1, 1, 1). OSError when
     the features are missing. Source: richzhang/PerceptualSimilarity v0.1; torchvision's AlexNet in float16.
     """
+    with loading("LPIPS features", "tiny", LPIPS_FEATURES.name):
+        features = load_file(LPIPS_FEATURES)  # named as in torchvision, where these five of the layers are convolutions
+        convolutions = [[features[f"features.{n}.{key}"] for key in ("weight", "bias")] for n in (0, 3, 6, 8, 10)]
+    return lpips_of("alex", convolutions)
+
+
+def lpips_of(net, convolutions):
+    """A frozen lpips.LPIPS of the network "alex" or "vgg" with these convolutions, [(weight, bias), ...] in order."""
     import lpips  # imports torchvision.models: only where it is really used
 
-    with loading("LPIPS features", "tiny", LPIPS_FEATURES.name), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        features = load_file(LPIPS_FEATURES)  # features.{n}.weight: n is the layer's number in torchvision and in lpips
-        lpips_fn = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
-    layers = {name.split(".")[1]: m for name, m in lpips_fn.net.named_modules() if isinstance(m, torch.nn.Conv2d)}
-    for n, layer in layers.items():
-        layer.load_state_dict({key: features[f"features.{n}.{key}"] for key in ("weight", "bias")})
+        lpips_fn = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+    layers = [m for m in lpips_fn.net.modules() if isinstance(m, torch.nn.Conv2d)]
+    for layer, (weight, bias) in zip(layers, convolutions, strict=True):
+        layer.load_state_dict({"weight": weight, "bias": bias})
     return lpips_fn.eval().requires_grad_(False)
 
 

@@ -25,8 +25,7 @@ def half_whitened(patches, n=None):
     mean = patches.mean(0)
     variance, axes = torch.linalg.eigh(torch.cov((patches - mean).T))  # ascending
     variance = variance.clamp_min(1e-8 * variance[-1])
-    n = n or len(mean)
-    std, axes = variance[-n:].flip(0).sqrt(), axes[:, -n:].flip(1)  # (n,), (D, n)
+    std, axes = variance.flip(0)[:n].sqrt(), axes.flip(1)[:, :n]  # (n,), (D, n)
     scale = std.sqrt() * std.mean().sqrt()
     return mean, (axes / scale).T, axes * scale
 

@@ -64,7 +64,9 @@ def fit(name, model, loss_fn, save, recipe, seed, bf16):
             continue
         if not torch.isfinite(loss):
             raise ValueError(f"{name}: the loss is {loss.item()} at step {step}: the same command goes on from before")
-        log(out, {"step": step, "loss": loss.item(), **{k: v.item() for k, v in figures.items()}})
+        line = {"step": step, "loss": loss.item(), **{k: v.item() for k, v in figures.items()}}
+        with open(out / "log.jsonl", "a") as f:
+            f.write(json.dumps(line) + "\n")
         if time.monotonic() - saved > SAVE_EVERY or step == recipe.steps:
             checkpoint(out, step, trained, ema, optimizer, settings)
             with runs.averaged(trained, ema):
@@ -84,9 +86,6 @@ def learning_rate(step, recipe):
     return recipe.lr * min(1, step / 50) * (0.51 + 0.49 * math.cos(math.pi * step / recipe.steps))
 
 
-# --- the state ----------------------------------------------------------------------------------------------------------
-
-
 def checkpoint(out, step, trained, ema, optimizer, settings):
     def fill(folder):
         runs.save_training(folder / "training.safetensors", trained, optimizer)
@@ -98,17 +97,11 @@ def checkpoint(out, step, trained, ema, optimizer, settings):
 
 def resume(out, trained, optimizer, settings):
     """Puts a saved state back in place. Returns its step (0: there is none) and the average; ValueError as check_settings."""
-    folder, step = runs.newest(out, insist=False), 0
-    ema = {name: p.detach().clone() for name, p in trained.items()}
-    if folder:
-        runs.check_settings(folder, settings, otherwise=f"delete {out}")
-        step = json.loads((folder / "config.json").read_text())["step"]
-        runs.load_training(folder / "training.safetensors", trained, optimizer, step)
-        saved = load_file(folder / "ema.safetensors")
-        ema = {name: saved[name].to(v) for name, v in ema.items()}
-    return step, ema
-
-
-def log(out, line):
-    with open(out / "log.jsonl", "a") as f:
-        f.write(json.dumps(line) + "\n")
+    folder = runs.newest(out, insist=False)
+    if not folder:
+        return 0, {name: p.detach().clone() for name, p in trained.items()}
+    runs.check_settings(folder, settings, otherwise=f"delete {out}")
+    step = json.loads((folder / "config.json").read_text())["step"]
+    runs.load_training(folder / "training.safetensors", trained, optimizer, step)
+    saved = load_file(folder / "ema.safetensors")
+    return step, {name: saved[name].to(p) for name, p in trained.items()}

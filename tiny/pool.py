@@ -92,8 +92,8 @@ def fill(folder, record, made_of, n, rows_from):
         raise ValueError(f"expected a pool of {made_of} in {folder}, got one of {before}: delete that folder")
     for rows in rows_from(done) if done < n else ():
         for name, values in rows.items():
-            shape, mode = (n, *values.shape[1:]), "r+" if done else "w+"
-            array = open_memmap(folder / f"{name}.npy", mode, None if done else values.dtype, None if done else shape)
+            shape = (n, *values.shape[1:])
+            array = open_memmap(folder / f"{name}.npy", "r+" if done else "w+", values.dtype, shape)
             array[done : done + len(values)] = values
         done += len(values)
         files.write_bytes(record, json.dumps({**made_of, "rows": done}).encode())
@@ -109,8 +109,7 @@ class Pool:
         self.folder, self.device, self.seed, self.arrays = folder, device, seed, {}
         faces = [path for each in data for path in files.find_images([each])]
         if not faces:
-            where = ", ".join(map(str, data))
-            raise ValueError(f"expected face pictures in {where}, found none: name another folder")
+            raise ValueError(f"expected face pictures in {', '.join(map(str, data))}, found none: name another folder")
         listing = json.dumps([(path.name, path.stat().st_size) for path in faces])
         made_of = dict(seed=seed, size=SIZE, views=VIEWS, sha256=hashlib.sha256(listing.encode()).hexdigest())
         self.faces, self.rows = len(faces), len(faces) * VIEWS

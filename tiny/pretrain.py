@@ -65,17 +65,6 @@ from tiny.fit import Recipe, fit
 from tiny.pool import SIZE, Pool
 from train import lpips_loss
 
-RECIPES = {
-    "vae": Recipe(steps=2000, batch=32, lr=1e-3),
-    "decoder": Recipe(steps=2000, batch=32, lr=1e-3),
-    "clip": Recipe(steps=760, batch=128, lr=5e-4),
-    "dino": Recipe(steps=1340, batch=64, lr=5e-4),
-    "posterior-mean": Recipe(steps=1640, batch=32, lr=1e-3),
-    "flow": Recipe(steps=6700, batch=32, lr=6e-4),
-    "unet": Recipe(steps=3740, batch=64, lr=6e-4),
-}
-
-
 # --- autoencoder --------------------------------------------------------------------------------------------------------
 
 
@@ -93,23 +82,23 @@ def shifted_lpips(lpips_fn, x_hat, x):
     return lpips_loss(lpips_fn, x_hat[..., top:, left:], x[..., top:, left:])
 
 
-def train_vae(args, pool, recipe, bf16):
+def vae_training(args, pool, recipe):
     """Starts from the principal components of the faces' patches."""
     vae = PCAAutoencoder().to(pool.device)
     x = pool.get("hq", pool.batch(512, step=0))
     vae.set_components(*half_whitened(patches(2 * x - 1), vae.config.latent_channels))
-    fit_vae("vae", vae, args, pool, recipe, bf16, noise=0.1)
+    return autoencoder_training(vae, args, pool, recipe, noise=0.1)
 
 
-def train_decoder(args, pool, recipe, bf16):
+def decoder_training(args, pool, recipe):
     """Goes on from the autoencoder in --out and leaves its encoder as it is. More noise: no seams where a UNet is unsure."""
     vae = PCAAutoencoder.from_pretrained(args.out / "base" / "vae").to(pool.device)
     vae.project.requires_grad_(False)
     vae.encoder.requires_grad_(False)
-    fit_vae("decoder", vae, args, pool, recipe, bf16, noise=0.4)
+    return autoencoder_training(vae, args, pool, recipe, noise=0.4)
 
 
-def fit_vae(name, vae, args, pool, recipe, bf16, noise):
+def autoencoder_training(vae, args, pool, recipe, noise):
     """Pixel loss alone for the first third, then LPIPS with it: with LPIPS from the start such nets stay grey and blurred."""
     lpips_fn = load_lpips().to(pool.device)
 
@@ -124,7 +113,7 @@ def fit_vae(name, vae, args, pool, recipe, bf16, noise):
             loss = loss + 0.15 * shifted_lpips(lpips_fn, x_hat, x)
         return loss, {"mse": mse}
 
-    fit(name, vae, loss_fn, lambda m: save_module(m, args.out / "base" / "vae"), recipe, args.seed, bf16)
+    return vae, loss_fn, lambda m: save_module(m, args.out / "base" / "vae")
 
 
 def save_module(module, folder):
@@ -146,8 +135,7 @@ class WithHeads(nn.Module):
 
     def __init__(self, size, **heads):
         super().__init__()
-        self.sizes = {"img_size": size, "patch_size": 4, "embed_dim": WIDTH, "depth": 4, "num_heads": 4}
-        self.sizes["num_classes"] = 0
+        self.sizes = dict(img_size=size, patch_size=4, embed_dim=WIDTH, depth=4, num_heads=4, num_classes=0)
         self.vit = timm.create_model(VIT, **self.sizes)
         self.heads = nn.ModuleDict({name: nn.Linear(WIDTH, n) for name, n in heads.items()})
 
@@ -164,7 +152,7 @@ class WithHeads(nn.Module):
         save_file({k: v.half().contiguous() for k, v in self.vit.state_dict().items()}, folder / "model.safetensors")
 
 
-def train_clip(args, pool, recipe, bf16):
+def clip_training(args, pool, recipe):
     """InfoNCE between two degraded or clean views of one face; patch tokens also tell the clean face's 4 x 4 thumbnails."""
     net = WithHeads(CLIP_SIZE, match=64, thumbnail=48).to(pool.device)
 
@@ -180,10 +168,10 @@ def train_clip(args, pool, recipe, bf16):
         right = (logits.argmax(1) == same).float().mean()
         return match + 20 * thumb, {"matched": right, "thumbnail_mse": thumb}
 
-    fit("clip", net, loss_fn, lambda m: m.save(args.out / "clip"), recipe, args.seed, bf16)
+    return net, loss_fn, lambda m: m.save(args.out / "clip")
 
 
-def train_dino(args, pool, recipe, bf16):
+def dino_training(args, pool, recipe):
     """Regression of the degradation's numbers from the class token of the degraded picture."""
     net = WithHeads(DINO_SIZE, numbers=4).to(pool.device)
     variance = pool.array("numbers").to(pool.device).var(0)
@@ -195,7 +183,7 @@ def train_dino(args, pool, recipe, bf16):
         names = ("blur", "down", "noise", "jpeg")
         return error.mean(), {f"r2_{name}": 1 - e for name, e in zip(names, error, strict=True)}
 
-    fit("dino", net, loss_fn, lambda m: m.save(args.out / "dino"), recipe, args.seed, bf16)
+    return net, loss_fn, lambda m: m.save(args.out / "dino")
 
 
 # --- the teacher --------------------------------------------------------------------------------------------------------
@@ -205,7 +193,7 @@ HDIT = {"in_channels": 3, "out_channels": 3, "patch_size": 4, "widths": [64, 128
         "kernel_sizes": [7, 7, None], "d_head": 32, "mapping_width": 128, "mapping_depth": 1}  # fmt: skip
 
 
-def train_posterior_mean(args, pool, recipe, bf16):
+def posterior_mean_training(args, pool, recipe):
     """Eq. 2: the network that minimises the squared error is the posterior mean. Its ends learn in axes (axes.py)."""
     pmrf = teacher.PMRF(teacher.SwinIR(**SWINIR), teacher.HDiT(**HDIT), args.sigma_s)
     swinir = copy.deepcopy(pmrf.mmse_model).to(pool.device)
@@ -216,17 +204,16 @@ def train_posterior_mean(args, pool, recipe, bf16):
 
     def loss_fn(step):
         index = pool.batch(recipe.batch, step)
-        loss = teacher.posterior_mean_loss(swinir, pool.get("lq", index), pool.get("hq", index))
-        return loss, {}
+        return teacher.posterior_mean_loss(swinir, pool.get("lq", index), pool.get("hq", index)), {}
 
     def save(average):
-        mmse_model = in_pixels(average, pmrf.mmse_model)
-        teacher.PMRF(mmse_model, pmrf.model, pmrf.sigma_s).save_pretrained(args.out / "teacher")
+        in_pixels(average, pmrf.mmse_model)
+        pmrf.save_pretrained(args.out / "teacher")
 
-    fit("posterior-mean", swinir, loss_fn, save, recipe, args.seed, bf16)
+    return swinir, loss_fn, save
 
 
-def train_flow(args, pool, recipe, bf16):
+def flow_training(args, pool, recipe):
     """Eq. 3: the velocity along the straight path from the noisy posterior mean to the clean face, and nothing else.
 
     A second loss at the end that v points to, such as LPIPS, would sharpen anew at every Euler step.
@@ -241,10 +228,7 @@ def train_flow(args, pool, recipe, bf16):
         t = torch.rand(1, device=x.device) + torch.arange(len(x), device=x.device) / len(x)  # spread over the batch
         return teacher.flow_matching_loss(hdit, x_mmse, x, t % 1, torch.randn_like(x), args.sigma_s), {}
 
-    def save(average):
-        teacher.PMRF(pmrf.mmse_model, average, args.sigma_s).save_pretrained(args.out / "teacher")
-
-    fit("flow", hdit, loss_fn, save, recipe, args.seed, bf16)
+    return hdit, loss_fn, lambda m: teacher.PMRF(pmrf.mmse_model, m, args.sigma_s).save_pretrained(args.out / "teacher")
 
 
 # --- the base -----------------------------------------------------------------------------------------------------------
@@ -256,7 +240,7 @@ UNET = {"sample_size": SIZE // 8, "layers_per_block": 1, "block_out_channels": [
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # SD v1.5's
 
 
-def train_unet(args, pool, recipe, bf16):
+def unet_training(args, pool, recipe):
     """The base: eps predicted from alpha_t z + sigma_t eps at every t, given the CLIP tokens of the face as caption.
 
     In half of each batch t = tau, and the degraded latent enters as in the student's one step (`enter`). Its eps leads from
@@ -294,19 +278,30 @@ def train_unet(args, pool, recipe, bf16):
         error = ((unet(z_t, t, c).sample - eps) ** 2).mean((1, 2, 3))
         return error.mean(), {"gaussian": error[half:].mean(), "degraded": error[:half].mean()}
 
-    fit("unet", unet, loss_fn, lambda m: save_module(m, args.out / "base" / "unet"), recipe, args.seed, bf16)
+    return unet, loss_fn, lambda m: save_module(m, args.out / "base" / "unet")
+
+
+TRAININGS = {  # of each of PARTS: a function (args, pool, recipe) -> network, loss_fn and save, as fit takes them
+    "vae": (vae_training, Recipe(steps=2000, batch=32, lr=1e-3)),
+    "decoder": (decoder_training, Recipe(steps=2000, batch=32, lr=1e-3)),
+    "clip": (clip_training, Recipe(steps=760, batch=128, lr=5e-4)),
+    "dino": (dino_training, Recipe(steps=1340, batch=64, lr=5e-4)),
+    "posterior-mean": (posterior_mean_training, Recipe(steps=1640, batch=32, lr=1e-3)),
+    "flow": (flow_training, Recipe(steps=6700, batch=32, lr=6e-4)),
+    "unet": (unet_training, Recipe(steps=3740, batch=64, lr=6e-4)),
+}
 
 
 def work(args):
     device = choose_device(known=("cuda", "cpu"))
     pool = Pool(args.data, Path("runs/pool"), args.seed, device)
     bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
-    train = {"vae": train_vae, "decoder": train_decoder, "clip": train_clip, "dino": train_dino,
-             "posterior-mean": train_posterior_mean, "flow": train_flow, "unet": train_unet}  # fmt: skip
     given = {name: value for name in ("steps", "batch") if (value := getattr(args, name))}
     for part in args.parts:
         torch.manual_seed(args.seed)
-        train[part](args, pool, RECIPES[part]._replace(**given), bf16)
+        training, recipe = TRAININGS[part]
+        recipe = recipe._replace(**given)
+        fit(part, *training(args, pool, recipe), recipe, args.seed, bf16)
 
 
 def main(args):
