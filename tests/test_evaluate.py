@@ -574,6 +574,13 @@ def test_speed_prints_times_flops_and_shares(tmp_path, capsys):
     assert ratio == pytest.approx(rows["teacher, 2 steps"][0] / whole[0], abs=0.02) and "Peak, TFLOP/s" in text
 
 
+def test_flops_of_attention_are_counted_on_a_cpu():
+    """Two products of n x n tokens with d features a head, a multiplication and an addition each."""
+    q = torch.rand(1, 4, 100, 32)
+    row = speed.measure(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q), "", 1, q.device, 1)
+    assert row["tflop"] == 4 * 4 * 100**2 * 32 / 1e12
+
+
 def test_one_step_is_multiplied_and_said_so():
     first = {"student, 1 step": 10.0, "posterior mean": 4.0, "one Euler step": 3.0}
     first = {name: {"ms": ms, "tflop": ms} for name, ms in first.items()}
