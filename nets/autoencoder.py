@@ -37,8 +37,6 @@ def zero(layer):
 class PCAAutoencoder(ModelMixin, ConfigMixin):
     """Principal components of 8 x 8 patches plus convolutional residuals, in both directions."""
 
-    config_name = "config.json"
-
     @register_to_config
     def __init__(self, latent_channels=24, widths=(96, 64, 32), depths=(2, 2, 2), scaling_factor=1.0):
         super().__init__()

@@ -123,13 +123,12 @@ class SwinIR(nn.Module):
             self.upsample = nn.Sequential(conv(embed_dim, 3 * WINDOW**2), nn.PixelShuffle(WINDOW))
             nn.init.zeros_(self.upsample[0].weight)
             nn.init.zeros_(self.upsample[0].bias)
-        for m in self.modules():
+        for name, m in self.named_modules():
             if isinstance(m, nn.Linear):
                 nn.init.normal_(m.weight, std=m.in_features**-0.5)
                 nn.init.zeros_(m.bias)
-        for m in self.modules():
-            if isinstance(m, WindowAttention):  # attention that knows nothing yet only blurs
-                nn.init.zeros_(m.proj.weight)
+            if name.endswith("attn.proj"):  # attention that knows nothing yet only blurs
+                nn.init.zeros_(m.weight)
 
     def forward(self, y):
         """y: (B, 3, H, W) in [0, 1] -> (B, 3, 8h, 8w), unclipped, where 8h, 8w are H, W rounded up to multiples of 8.

@@ -20,13 +20,11 @@ class ResBlock1d(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = group_norm(c_in), nn.Conv1d(c_in, c_out, 3, padding=1)
         self.norm2, self.conv2 = group_norm(c_out), nn.Conv1d(c_out, c_out, 3, padding=1)
-        if c_in != c_out:
-            self.conv_out = nn.Conv1d(c_in, c_out, 1)
+        self.conv_out = nn.Conv1d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, h):
-        skip = self.conv_out(h) if hasattr(self, "conv_out") else h
-        h = self.conv1(F.silu(self.norm1(h)))
-        return skip + self.conv2(F.silu(self.norm2(h)))
+        z = self.conv1(F.silu(self.norm1(h)))
+        return self.conv_out(h) + self.conv2(F.silu(self.norm2(z)))
 
 
 class AttnBlock1d(nn.Module):
