@@ -21,9 +21,8 @@ def choose_device(name="auto", known=("cuda", "mps", "cpu")):
         raise ValueError(f"expected a device that this machine has, got --device {name}: use --device auto or cpu")
     if name != "cuda":
         return torch.device(name)
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if local_rank >= torch.cuda.device_count():
-        gpus = torch.cuda.device_count()
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local_rank >= gpus:
         raise ValueError(f"expected one process a GPU, got --nproc_per_node above {gpus}: lower it")
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
