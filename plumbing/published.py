@@ -24,8 +24,6 @@ from nets.autoencoder import PCAAutoencoder
 from plumbing.files import make_folder, write_bytes
 from plumbing.presets import ROOT, locate
 
-# Never a pickle. Without accelerate, which is optional, diffusers fills a network with random numbers before it reads the file.
-FROM_PRETRAINED = dict(torch_dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=is_accelerate_available())
 LPIPS_FEATURES = ROOT / "tiny" / "lpips_alex.safetensors"
 
 
@@ -53,8 +51,9 @@ def fetch(name, file):
 
 def read(cls, config, part):
     """A frozen diffusers network, the `part` of config["base"]. ValueError if its file lacks weights; diffusers is silent."""
-    options = FROM_PRETRAINED | dict(subfolder=part, output_loading_info=True)
-    module, keys = cls.from_pretrained(locate(config["base"]), **options)
+    # Never a pickle. Without accelerate, which is optional, diffusers makes random weights before it reads the file
+    options = dict(torch_dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=is_accelerate_available())
+    module, keys = cls.from_pretrained(locate(config["base"]), subfolder=part, output_loading_info=True, **options)
     if keys["missing_keys"]:
         raise ValueError("weights that its config asks for are not in it")
     return module.eval().requires_grad_(False)
@@ -112,7 +111,7 @@ def timm_hub_id(name):
 
 # --- LoRA files ------------------------------------------------------------------------------------------------------------
 
-LORA_KEY = re.compile(r"(?:base_model\.model\.|unet\.|lora_unet_)(.+)\.lora[._](A|B|down|up)\.weight")
+LORA_KEY = re.compile(r"((?:base_model\.model\.|unet\.|lora_unet_)(.+))(\.lora[._])(A|down)\.weight")
 
 
 def load_lora(name, file, unet):
@@ -128,13 +127,11 @@ def load_lora(name, file, unet):
     scale = config["lora_alpha"] / config["r"] if config else 1.0
     known, layers = {n.replace(".", "_"): n for n, _ in unet.named_modules()}, {}
     for key, A in state.items():
-        found = LORA_KEY.fullmatch(key)
-        if found and found[2] in ("A", "down"):
-            layer, stem = known.get(found[1].replace(".", "_")), key.removesuffix(".weight")
-            if layer is None:
-                raise ValueError(f"{found[1]} is no layer of this UNet")
-            B = state[stem.removesuffix(found[2]) + {"A": "B", "down": "up"}[found[2]] + ".weight"]
-            alpha = state.get(re.sub(r"\.lora[._]down$", ".alpha", stem))
+        if found := LORA_KEY.fullmatch(key):
+            stem, name, lora, half = found.groups()
+            if (layer := known.get(name.replace(".", "_"))) is None:
+                raise ValueError(f"{name} is no layer of this UNet")
+            B, alpha = state[f"{stem}{lora}{'B' if half == 'A' else 'up'}.weight"], state.get(f"{stem}.alpha")
             layers[layer] = A.float(), B.float(), scale if alpha is None else alpha.item() / len(A)
     if not layers:
         raise ValueError("no layer of a UNet in it")
@@ -231,17 +228,16 @@ def sizes(config, net):
 def read_repository(path):
     """config, weights, None from config.json and model.safetensors of a folder or a hub repository."""
     names = ("config.json", "model.safetensors")
-    if path.is_dir():
-        if missing := [name for name in names if not (path / name).is_file()]:
-            got = " and no ".join(missing)
-            raise FileNotFoundError(f"{path}: expected {names[0]} and {names[1]}, got no {got}: copy both there")
-    need = f"expected a folder, a .ckpt or a hub repository with {names[0]} and {names[1]} (published: 0.7 GB)"
-    if not path.is_dir() and (path.is_absolute() or len(path.parts) != 2):  # no owner/name
-        raise FileNotFoundError(f"{path}: {need}, got none of them: check the path")
+    need = f"{path}: expected a .ckpt, or a folder or hub repository with {names[0]} and {names[1]} (published: 0.7 GB)"
+    missing = " and no ".join(name for name in names if not (path / name).is_file())
+    if missing and path.is_dir():
+        raise FileNotFoundError(f"{need}, got no {missing}: copy both there")
+    if missing and (path.is_absolute() or len(path.parts) != 2):  # no owner/name
+        raise FileNotFoundError(f"{need}, got none of them: check the path")
     try:
         files = [fetch(path, name) for name in names]
     except Exception as e:  # offline, unknown, gated: all the same to the user
-        raise FileNotFoundError(f"{path}: {need}, got {type(e).__name__}: online, run hf download {path}") from None
+        raise FileNotFoundError(f"{need}, got {type(e).__name__}: online, run hf download {path}") from None
     return json.loads(files[0].read_text()), load_file(files[1]), None
 
 
