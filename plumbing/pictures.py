@@ -121,8 +121,7 @@ def _open(data, name):
     image = Image.open(io.BytesIO(data), formats=formats)
     width, height = image.size
     if width * height > MAX_PIXELS:
-        got = f"got {width}x{height} in {name}"
-        raise Refused(f"expected at most {MAX_PIXELS} pixels, {got}: make it smaller first")
+        raise Refused(f"expected at most {MAX_PIXELS} pixels, got {width}x{height} in {name}: make it smaller first")
     if image.mode == "F" or (image.mode, image.format) == ("I", "TIFF"):
         raise Refused(f"expected 8 or 16 bits a channel, got 32 in {name}: convert it first")
     return image
@@ -200,10 +199,7 @@ def to_uint8(x):
 
 
 def resize(x, size):
-    """Bicubic resampling with antialiasing to size = (H, W).
-
-    x: (3, h, w) or (B, 3, h, w) float32 in [0, 1]; the result is clipped to [0, 1]. The same size gives x back.
-    """
+    """x (3, h, w) or (B, 3, h, w) in [0, 1] to size (H, W): bicubic, antialiased, clipped. The same size gives x back."""
     if tuple(x.shape[-2:]) == tuple(size):
         return x
     batch = x if x.ndim == 4 else x[None]
@@ -242,10 +238,7 @@ def encode_image(x, suffix, **info):
 
 
 def write_image(path, x):
-    """Writes x (3, H, W), clipped to [0, 1], as PNG, JPEG or WebP by the suffix of path; whole or not at all.
-
-    Raises ValueError as encode_image does, OSError if the file cannot be written.
-    """
+    """Writes x (3, H, W), clipped to [0, 1], by path's suffix, whole or not at all. OSError, or ValueError as encode_image."""
     write_bytes(path, encode_image(x, Path(path).suffix))
 
 

@@ -66,8 +66,7 @@ def check_init(config, args, meta):
     if config["stage"] != "A":
         raise ValueError(f"expected a Stage A checkpoint in --init {args.init}, got one of Stage {config['stage']}")
     if config["preset"] != meta["preset"]:
-        ours, got = config["preset"], f"{meta['preset']!r} in {args.cache}"
-        raise ValueError(f"expected a cache of preset {ours!r}, as --init's, got {got}: make one with --preset {ours}")
+        raise ValueError(f"expected a cache of preset {config['preset']!r}, --init's, got {meta['preset']!r}: make one")
     for name in ("adapter", "entry"):
         given, there = getattr(args, name), config.get(name, "clean")
         if given not in (None, there):
@@ -77,10 +76,8 @@ def check_init(config, args, meta):
 def check_networks(cache, meta, **networks):
     """ValueError if the cache was made with another VAE (its latents are then of another space) or another teacher."""
     for name, network in networks.items():
-        ours, theirs = network and weights_sha256(network), meta[f"{name}_sha256"]
-        if network and ours != theirs:
-            got = f"{cache} was made with another ({theirs[:12]}): make it again"
-            raise ValueError(f"expected a cache made with the preset's {name} (sha256 {ours[:12]}), {got}")
+        if network and weights_sha256(network) != meta[f"{name}_sha256"]:
+            raise ValueError(f"expected a cache made with the preset's {name}, got {cache} of another: make it again")
 
 
 # --- one process at a time ------------------------------------------------------------------------------------------------
@@ -113,10 +110,7 @@ def alone(out, rank):
 
 
 def write(out, step, fill, keep=2):
-    """Makes out/step-NNNNNN by fill(folder), whole or not at all, and drops all but the last `keep`.
-
-    What fill raises comes through (a full disk is an OSError); the checkpoints before stay as they are.
-    """
+    """Makes out/step-NNNNNN by fill(folder), whole or not at all, and drops all but the last `keep`. OSError if that fails."""
     final, temporary = out / f"step-{step:06d}", out / f"step-{step:06d}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -223,12 +217,10 @@ def read_log(path, needed=("step",)):
     """The lines of a log.jsonl, dicts; the last one may be in the writing. ValueError if a line lacks one of `needed`."""
     if not path.is_file():
         raise FileNotFoundError(f"expected a training's log in {path}, found none: name a folder of train.py")
-    try:
+    with contextlib.suppress(json.JSONDecodeError, AttributeError):
         lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
         if all(line.keys() >= set(needed) for line in lines):
             return lines
-    except (json.JSONDecodeError, AttributeError):
-        pass
     raise ValueError(f"expected {', '.join(needed)} in each line of {path}, got others: train it again")
 
 

@@ -70,11 +70,9 @@ def names_a_file(out, inputs):
     suffix = out.suffix.lower()
     if out.is_dir() or not (suffix in {*READ, *NEEDS, ".gif"} or out.exists()):
         return False
-    if suffix not in SUFFIXES and not out.exists():
-        kinds = ", ".join(SUFFIXES)
-        raise ValueError(f"expected a folder, or a picture ({kinds}), got -o {out}: choose another suffix")
     if suffix not in SUFFIXES or inputs != 1:
-        raise ValueError(f"expected a folder, or for one input a picture's name, got -o {out}: name a folder")
+        need = f"expected a folder, or for one input a picture ({', '.join(SUFFIXES)})"
+        raise ValueError(f"{need}, got -o {out}: name a folder or choose another suffix")
     return True
 
 
