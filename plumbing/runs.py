@@ -39,15 +39,10 @@ def settings(args, config, meta):
     chosen = {name: getattr(args, name) for name in names}
     chosen["peak_lr"] = args.lr  # "lr" is the preset's default, which Stage B reads from Stage A's config.json
     origin = {"init": args.init and str(args.init), "adapter": config["adapter"], "entry": config["entry"]}
-    return {**chosen, **origin, **cache_identity(meta)}
-
-
-def cache_identity(meta):
-    """What tells one cache from another: the settings that a reader knows, then the bytes of all its shards."""
-    shards = hashlib.sha256(" ".join(shard["sha256"] for shard in meta["shards"]).encode()).hexdigest()
-    known = {name: meta[name] for name in ("seed", "steps", "repeats", "count", "teacher_sha256", "vae_sha256")}
-    known |= {"ranges": [ranges["name"] for ranges in meta["ranges"]], "shards_sha256": shards}
-    return {f"cache_{name}": value for name, value in known.items()}
+    cache = {name: meta[name] for name in ("seed", "steps", "repeats", "count", "teacher_sha256", "vae_sha256")}
+    cache["ranges"] = [ranges["name"] for ranges in meta["ranges"]]
+    cache["shards_sha256"] = hashlib.sha256(" ".join(s["sha256"] for s in meta["shards"]).encode()).hexdigest()
+    return {**chosen, **origin, **{f"cache_{name}": value for name, value in cache.items()}}
 
 
 def check_settings(folder, now, otherwise="another --out"):
@@ -94,13 +89,12 @@ def alone(out, rank):
         return
     handle = os.open(files.make_folder(out), os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise ValueError(f"another process is training into {out}: wait for it, or give another --out") from None
-    except OSError:
-        pass
-    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is training into {out}: wait for it, or give another --out") from None
+        except OSError:
+            pass
         yield
     finally:
         os.close(handle)
@@ -115,17 +109,16 @@ def write(out, step, fill, keep=2):
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        try:
-            fill(temporary)
-        except Exception as e:  # safetensors and diffusers have errors of their own for a full disk
-            goes_on = f"goes on from {steps_in(out)[-1]}" if steps_in(out) else "begins anew"
-            raise OSError(f"could not write {final} ({e}): make room, the same command {goes_on}") from e
+        fill(temporary)
         for path in [*temporary.rglob("*"), temporary]:
             files.sync(path)
         if final not in steps_in(out):
             shutil.rmtree(final, ignore_errors=True)  # of that name, but no checkpoint
             os.replace(temporary, final)
         files.sync(out)
+    except Exception as e:  # safetensors and diffusers have errors of their own for a full disk
+        goes_on = f"goes on from {steps_in(out)[-1]}" if steps_in(out) else "begins anew"
+        raise OSError(f"could not write {final} ({e}): make room, the same command {goes_on}") from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in {*out.glob("step-??????")} - {*steps_in(out)[-keep:]}:
@@ -208,8 +201,7 @@ class Log:
                 with open(self.path, "a") as f:
                     f.write(json.dumps(line | {"raw": raw, "weighted": weighted}) + "\n")
         except OSError as e:  # a full disk does not say where
-            goes_on = "the same command goes on from the last checkpoint"
-            raise OSError(f"could not write {self.path}: {e.strerror}; {goes_on}") from e
+            raise OSError(f"could not write {self.path}: {e.strerror}; make room, the same command goes on") from e
         return loss
 
 
