@@ -33,14 +33,12 @@ def choose_device(name="auto", known=("cuda", "mps", "cpu")):
 
 # Parameters from which bf16 is faster on a CPU with AMX. Measured in CPU time, bf16 over float32: 0.36 for the published HDiT
 # (160 million), 0.60 for its SwinIR (16 million); 0.95 to 1.0 for the tiny student (20 million) and teacher (6 million).
+# Fixed, and not timed when it is needed: so the same machine gives the same bytes.
 LARGE = 50_000_000
 
 
 def precision_of(name, device, parameters):
-    """The precision, "fp32" or "bf16". "auto": bf16 on a CUDA GPU, and on a CPU with AMX for a network of LARGE or more.
-
-    A function of the machine and the size alone, never of a timing, so that the same machine gives the same bytes.
-    """
+    """The precision, "fp32" or "bf16". "auto": bf16 on a CUDA GPU, and on a CPU with AMX for a network of LARGE or more."""
     if name != "auto":
         return name
     return "bf16" if device.type == "cuda" or (device.type == "cpu" and parameters >= LARGE and has_amx()) else "fp32"

@@ -30,10 +30,9 @@ READ = SUFFIXES + tuple(s for s in (".tif", ".tiff", ".bmp", ".avif", *HEIF) if 
 def find_images(paths):
     """Picture files: files as given, folders searched recursively and sorted; each file once, in order of appearance.
 
-    paths: one path or several. Returns a list of Path, empty if the folders hold no picture. Hidden files and folders
-    (names with a leading dot) inside a folder are passed over. Links to folders are followed, each folder once. One line
-    on stderr says how many other files a folder holds, and of which kinds. Raises FileNotFoundError for a path that does
-    not exist, ValueError for a file with a suffix outside READ, PermissionError for a folder that cannot be read.
+    paths: one path or several. Returns a list of Path. In a folder, names with a leading dot are passed over, links to
+    folders are followed, each folder once, and one line on stderr counts the other files by kind. FileNotFoundError for a
+    path that does not exist, ValueError for a suffix outside READ, PermissionError for a folder that cannot be read.
     """
     found = []
     for path in [Path(paths)] if isinstance(paths, (str, os.PathLike)) else map(Path, paths):
@@ -117,8 +116,7 @@ def write_bytes(path, data):
         os.replace(temporary, path)
         sync(path.parent)  # else a power cut could undo the rename
     except OSError as e:  # the temporary name would tell nothing
-        got = f"got {e.strerror or e}"
-        raise type(e)(f"expected to write {path}, {got}: make room, or choose another place or name") from e
+        raise type(e)(f"expected to write {path}, got {e.strerror or e}: make room, or choose another name") from e
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

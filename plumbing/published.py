@@ -33,9 +33,7 @@ def loading(what, name, size):
     try:
         yield
     except Exception as e:  # huggingface_hub, safetensors, timm and diffusers each have errors of their own
-        remedy = f"run once with a network (hf download {name}), or give a local folder"
-        if Path(locate(name)).exists():
-            remedy = "restore that folder"
+        remedy = "restore that folder" if Path(locate(name)).exists() else f"online, run hf download {name}"
         got = f"could not load it ({type(e).__name__}: {' '.join(str(e).split())[:160]})"
         raise OSError(f"expected the {what} ({size}) at {name!r}, {got}: {remedy}") from None
 
@@ -177,8 +175,7 @@ def loading_pmrf(source):
     except OSError:
         raise
     except Exception as e:  # a foreign file can fail in any way
-        got = f"expected PMRF as published, got {one_line(e)}"
-        raise ValueError(f"{source}: {got}; check the download and the sizes") from None
+        raise ValueError(f"{source}: expected PMRF as published, got {one_line(e)}; check download and sizes") from None
 
 
 def read_pmrf(name_or_folder):

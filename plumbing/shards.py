@@ -131,10 +131,8 @@ def write_shard(path, batches):
 
 
 def check(folder, meta, decode, params):
-    """Verifies a finished cache; yields one line a fault.
+    """Verifies each shard of a finished cache: sha256, count, shapes, finite latents, sizes, PSNR. Yields a line a fault.
 
-    Each shard: sha256, number of samples, shapes, finite latents, pictures that decode to their size; and for the first
-    CHECKED samples of it the PSNR of the decoded target latent against X†, at least MIN_PSNR dB.
     decode: latents (1, C, h, w) -> (1, 3, S, S) in [0, 1]; params: what reads a record's degradation, an error if it is none.
     """
     for shard in tqdm(meta["shards"], unit=" shards"):
