@@ -26,7 +26,7 @@ from packaging.version import Version
 SCRIPT = Path(sys.argv[0]).name or "python"
 
 
-# --- argument types ---------------------------------------------------------------------------------------------------
+# --- argument types, optional packages --------------------------------------------------------------------------------
 
 
 def whole(low=1, high=2**63 - 1):
@@ -92,12 +92,9 @@ def interruption(text, at_once=False):
 
 
 def import_without_training_packages():
-    """Imports diffusers without peft, transformers, accelerate and scipy: half of a cold start, and restoring needs none.
-
-    diffusers imports them wherever they are installed. None in sys.modules is Python's word for "not installed".
-    """
+    """Imports diffusers without peft, transformers, accelerate and scipy: half of a cold start, and restoring needs none."""
     hidden = [name for name in ("peft", "transformers", "accelerate", "scipy") if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))
+    sys.modules.update(dict.fromkeys(hidden))  # None is Python's word for "not installed"
     from diffusers import AutoencoderKL, ControlNetModel, LCMScheduler, UNet2DConditionModel  # noqa: F401
 
     for name in hidden:

@@ -53,8 +53,7 @@ def has_amx():
 def prepare(network, device, precision="auto"):
     """A frozen network, ready to compute: on the device, weights in the precision, those of convolutions with channels last.
 
-    precision: "auto", "fp32" or "bf16". Buffers stay float32: HDiT's frequencies of time are among them. What a network gets is
-    cast where it is called, pictures and latents stay float32.
+    precision: "auto", "fp32" or "bf16". Buffers (HDiT's frequencies of time), pictures and latents stay float32.
     """
     device = torch.device(device)
     network = network.to(device, memory_format=torch.channels_last).requires_grad_(False)

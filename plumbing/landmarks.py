@@ -3,7 +3,6 @@
 Landmarks are (5, 2) float64: x, y of the left eye, the right eye, the nose, the left and the right corner of the mouth,
 left and right as in the picture. They are in the photo's pixels, counted from its top left corner: the middle of its
 first pixel is (0.5, 0.5). Spread says how far several readings of one face lie apart, in distances of its eyes.
-
 The detector is MTCNN (Zhang et al. 2016) with the weights in the optional facenet-pytorch.
 
 Usage: for points, spread in find_landmarks(read_image("photo.jpg")): ...

@@ -209,9 +209,8 @@ def resize(x, size):
 
 def square(x, size):
     """The middle square of x (3, H, W), resampled to (3, size, size)."""
-    _, H, W = x.shape
-    s = min(H, W)
-    top, left = (H - s) // 2, (W - s) // 2
+    s = min(x.shape[1:])
+    top, left = ((side - s) // 2 for side in x.shape[1:])
     return resize(x[:, top : top + s, left : left + s], (size, size))
 
 

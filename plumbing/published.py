@@ -79,7 +79,7 @@ def load_schedule(config):
         return LCMScheduler(**betas).alphas_cumprod.tolist()
 
 
-# --- CLIP and DINOv2, through timm -----------------------------------------------------------------------------------------
+# --- CLIP and DINOv2 through timm, LPIPS -----------------------------------------------------------------------------------
 
 
 def load_vit(entry):
@@ -107,6 +107,24 @@ def timm_hub_id(name):
     return hub_id + name if hub_id.endswith("/") else hub_id
 
 
+def load_lpips():
+    """LPIPS with AlexNet features, offline: the lpips package's linear layers on the convolutions in tiny/.
+
+    Returns a frozen lpips.LPIPS: lpips_fn(a, b, normalize=True), images (B, 3, H, W) in [0, 1] -> (B, 1, 1, 1). OSError when
+    the features are missing. Source: richzhang/PerceptualSimilarity v0.1; torchvision's AlexNet in float16.
+    """
+    import lpips  # imports torchvision.models: only where it is really used
+
+    with loading("LPIPS features", "tiny", LPIPS_FEATURES.name), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        features = load_file(LPIPS_FEATURES)  # features.{n}.weight: n is the layer's number in torchvision and in lpips
+        lpips_fn = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    layers = {name.split(".")[1]: m for name, m in lpips_fn.net.named_modules() if isinstance(m, torch.nn.Conv2d)}
+    for n, layer in layers.items():
+        layer.load_state_dict({key: features[f"features.{n}.{key}"] for key in ("weight", "bias")})
+    return lpips_fn.eval().requires_grad_(False)
+
+
 # --- LoRA files ------------------------------------------------------------------------------------------------------------
 
 LORA_KEY = re.compile(r"((?:base_model\.model\.|unet\.|lora_unet_)(.+))(\.lora[._])(A|down)\.weight")
@@ -126,35 +144,14 @@ def load_lora(name, file, unet):
     known, layers = {n.replace(".", "_"): n for n, _ in unet.named_modules()}, {}
     for key, A in state.items():
         if found := LORA_KEY.fullmatch(key):
-            stem, name, lora, half = found.groups()
-            if (layer := known.get(name.replace(".", "_"))) is None:
-                raise ValueError(f"{name} is no layer of this UNet")
+            stem, place, lora, half = found.groups()
+            if (layer := known.get(place.replace(".", "_"))) is None:
+                raise ValueError(f"{place} is no layer of this UNet")
             B, alpha = state[f"{stem}{lora}{'B' if half == 'A' else 'up'}.weight"], state.get(f"{stem}.alpha")
             layers[layer] = A.float(), B.float(), scale if alpha is None else alpha.item() / len(A)
     if not layers:
         raise ValueError("no layer of a UNet in it")
     return layers
-
-
-# --- LPIPS -----------------------------------------------------------------------------------------------------------------
-
-
-def load_lpips():
-    """LPIPS with AlexNet features, offline: the lpips package's linear layers on the convolutions in tiny/.
-
-    Returns a frozen lpips.LPIPS: lpips_fn(a, b, normalize=True), images (B, 3, H, W) in [0, 1] -> (B, 1, 1, 1). OSError when
-    the features are missing. Source: richzhang/PerceptualSimilarity v0.1; torchvision's AlexNet in float16.
-    """
-    import lpips  # imports torchvision.models: only where it is really used
-
-    with loading("LPIPS features", "tiny", LPIPS_FEATURES.name), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        features = load_file(LPIPS_FEATURES)  # features.{n}.weight: n is the layer's number in torchvision and in lpips
-        lpips_fn = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
-    layers = {name.split(".")[1]: m for name, m in lpips_fn.net.named_modules() if isinstance(m, torch.nn.Conv2d)}
-    for n, layer in layers.items():
-        layer.load_state_dict({key: features[f"features.{n}.{key}"] for key in ("weight", "bias")})
-    return lpips_fn.eval().requires_grad_(False)
 
 
 # --- PMRF ------------------------------------------------------------------------------------------------------------------
@@ -208,9 +205,8 @@ def write_pmrf(folder, config, pmrf, dtype):
     config = {"arch": "hdit", "mmse_model_arch": "swinir", "stage": "flow", "conditional": False} | config
     weights = {k: p.detach().to("cpu", dtype).contiguous() for k, p in pmrf.named_parameters()}
     weights |= {k: b.cpu() for k, b in pmrf.named_buffers()}  # the frequencies of time stay float32
-    folder = make_folder(folder)
-    write_bytes(folder / "model.safetensors", save(weights, {"format": "pt"}))
-    write_bytes(folder / "config.json", json.dumps(config, indent=1).encode() + b"\n")
+    write_bytes(make_folder(folder) / "model.safetensors", save(weights, {"format": "pt"}))
+    write_bytes(Path(folder) / "config.json", json.dumps(config, indent=1).encode() + b"\n")
 
 
 def sizes(config, net):

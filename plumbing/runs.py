@@ -75,16 +75,13 @@ def check_networks(cache, meta, **networks):
             raise ValueError(f"expected a cache made with the preset's {name}, got {cache} of another: make it again")
 
 
-# --- one process at a time ------------------------------------------------------------------------------------------------
+# --- checkpoints, written by one process at a time -----------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def alone(out, rank):
-    """Inside, no other training writes into the folder out; ValueError where one does. The lock ends with the process.
-
-    Rank 0 takes it for all processes of a training. Where folders cannot be locked (Windows, some network disks) none is.
-    """
-    if rank or not fcntl:
+    """Inside, no other training writes into the folder out; ValueError where one does. The lock ends with the process."""
+    if rank or not fcntl:  # rank 0 locks it for all processes of a training
         yield
         return
     handle = os.open(files.make_folder(out), os.O_RDONLY)
@@ -93,14 +90,11 @@ def alone(out, rank):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is training into {out}: wait for it, or give another --out") from None
-        except OSError:
+        except OSError:  # as on some network disks
             pass
         yield
     finally:
         os.close(handle)
-
-
-# --- checkpoints --------------------------------------------------------------------------------------------------------
 
 
 def write(out, step, fill, keep=2):
