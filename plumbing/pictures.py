@@ -76,8 +76,7 @@ def decode_picture(data, name, metadata="basic"):
     """As read_picture, of a file's bytes; name stands for the file in messages."""
     try:
         image = _load(data, name)
-        exif = keep_exif(image, metadata)
-        return Picture(*_to_tensors(_turned(image), name), exif)
+        return Picture(*_to_tensors(_turned(image), name), keep_exif(image, metadata))
     except Refused:
         raise
     except MemoryError:

@@ -84,11 +84,10 @@ def load_schedule(config):
 
 def load_vit(entry):
     """A frozen ViT without its head. entry: its "name" (timm's, or a local timm folder) and arguments of its class."""
-    entry = dict(entry)
-    name = entry.pop("name")
+    name, options = entry["name"], {key: value for key, value in entry.items() if key != "name"}
     folder = Path(locate(name)).is_dir()
     with loading("feature backbone", name if folder else timm_hub_id(name), "about 350 MB, through timm"):
-        vit = timm.create_model(f"local-dir:{locate(name)}" if folder else name, num_classes=0, **entry)
+        vit = timm.create_model(f"local-dir:{locate(name)}" if folder else name, num_classes=0, **options)
         vit.register_load_state_dict_post_hook(nothing_missing)
         timm.models.load_pretrained(vit, num_classes=0, filter_fn=checkpoint_filter_fn, strict=False)
     return vit.eval().requires_grad_(False)
