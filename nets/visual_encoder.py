@@ -45,8 +45,7 @@ class Resample1d(nn.Module):
 
     def __init__(self, c, part):
         super().__init__()
-        self.part = part
-        self.conv = nn.Conv1d(c, c, 3, padding=1)
+        self.part, self.conv = part, nn.Conv1d(c, c, 3, padding=1)
 
     def forward(self, h, length):
         return self.conv(F.interpolate(h, size=round(self.part * length), mode="nearest"))

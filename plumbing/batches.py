@@ -24,21 +24,19 @@ class Batches:
 
     def __init__(self, n, batch, seed, rank=0, world=1, accumulate=1, steps=range(0)):
         self.n, self.batch, self.seed, self.steps = n, batch, seed, steps
-        self.rank, self.parts = rank, (world, accumulate)
+        self.rank, self.accumulate, self.size = rank, accumulate, batch // (world * accumulate)
         if batch % (world * accumulate):
             got = f"{batch} and {world} x {accumulate}"
             raise ValueError(f"expected --batch to be a multiple of processes x --accumulate, got {got}: change it")
 
     def __len__(self):
-        return len(self.steps) * self.parts[1]
+        return len(self.steps) * self.accumulate
 
     def __iter__(self):
-        world, accumulate = self.parts
         for step in self.steps:
-            places = range(step * self.batch, (step + 1) * self.batch)
-            share = [self.index(p) for p in places][self.rank * self.batch // world :][: self.batch // world]
-            size = len(share) // accumulate
-            yield from (share[i * size : (i + 1) * size] for i in range(accumulate))
+            for part in range(self.rank * self.accumulate, (self.rank + 1) * self.accumulate):
+                first = step * self.batch + part * self.size
+                yield [self.index(place) for place in range(first, first + self.size)]
 
     def index(self, place):
         epoch, i = divmod(place, self.n)

@@ -8,8 +8,7 @@ from PIL import Image, ImageCms
 from plumbing.commands import complain
 
 _SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
-_HEAD, _TAIL = _SRGB.tobytes()[:24], _SRGB.tobytes()[36:]
-SRGB = _HEAD + bytes(12) + _TAIL  # the profile that results carry, without the time at which Little CMS made it
+SRGB = _SRGB.tobytes()[:24] + bytes(12) + _SRGB.tobytes()[36:]  # what results carry, without the time of its making
 MODES = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK", "Lab": "LAB"}  # ICC's colour spaces as Pillow's modes
 RULE = {"renderingIntent": ImageCms.Intent.RELATIVE_COLORIMETRIC, "outputMode": "RGB"}
 
@@ -28,7 +27,7 @@ def to_srgb(image, profile, name):
         mode = MODES[source.profile.xcolor_space.strip()]
         if mode != image.mode and (image.mode, mode) != ("L", "RGB"):
             raise ValueError(f"a profile for {mode} in a picture of mode {image.mode}")
-        if is_gray(image):
+        if image.mode in ("L", "RGB") and len({band.tobytes() for band in image.split()}) == 1:  # gray
             return _gray_to_srgb(image.getchannel(0), source, mode)
         return ImageCms.profileToProfile(image, source, _SRGB, flags=ImageCms.Flags.BLACKPOINTCOMPENSATION, **RULE)
     except (ImageCms.PyCMSError, OSError, KeyError, ValueError, TypeError):
@@ -42,8 +41,3 @@ def _gray_to_srgb(image, source, mode):
     ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None]).convert(mode)
     curve = ImageCms.profileToProfile(ramp, source, _SRGB, flags=exact, **RULE).getchannel("G")
     return image.point(list(curve.tobytes())).convert("RGB")
-
-
-def is_gray(image):
-    """Whether a Pillow image is gray: of mode L, or RGB with R = G = B in every pixel."""
-    return image.mode == "L" or (image.mode == "RGB" and len({band.tobytes() for band in image.split()}) == 1)

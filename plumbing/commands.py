@@ -26,7 +26,7 @@ from packaging.version import Version
 SCRIPT = Path(sys.argv[0]).name or "python"
 
 
-# --- argument types ---------------------------------------------------------------------------------------------------
+# --- argument types, optional packages --------------------------------------------------------------------------------
 
 
 def whole(low=1, high=2**63 - 1):
@@ -48,10 +48,10 @@ def real(text):
     raise argparse.ArgumentTypeError(f"expected a number from 0 on, got {text!r}")
 
 
-def optional(package, what, least=""):
-    """An optional package, imported where it is used. ValueError with the pip command if it is missing, or too old."""
+def optional(package, what, least="", install=""):
+    """An optional package, imported where it is used. ValueError with its `pip install` if it is missing, or too old."""
     name = package.replace("_", "-")
-    pip = f"pip install '{name}>={least}'" if least else f"pip install {name}"
+    pip = "pip install " + (install or (f"'{name}>={least}'" if least else name))
     try:
         module = importlib.import_module(package)
     except ImportError:
@@ -92,12 +92,9 @@ def interruption(text, at_once=False):
 
 
 def import_without_training_packages():
-    """Imports diffusers without peft, transformers, accelerate and scipy: half of a cold start, and restoring needs none.
-
-    diffusers imports them wherever they are installed. None in sys.modules is Python's word for "not installed".
-    """
+    """Imports diffusers without peft, transformers, accelerate and scipy: half of a cold start, and restoring needs none."""
     hidden = [name for name in ("peft", "transformers", "accelerate", "scipy") if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))
+    sys.modules.update(dict.fromkeys(hidden))  # None is Python's word for "not installed"
     from diffusers import AutoencoderKL, ControlNetModel, LCMScheduler, UNet2DConditionModel  # noqa: F401
 
     for name in hidden:
@@ -113,23 +110,16 @@ def run(work, args, memory="use --device cpu, or a machine with more memory", fa
     try:
         with enough_memory("this command", memory):
             return work(args) or 0
-    except (ValueError, OSError) as e:
-        if interrupted():
+    except Exception as e:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # Ctrl-C, whose exit a library may turn into an error
             return 130
+        if not isinstance(e, (ValueError, OSError)):
+            raise
         complain((str(e).strip() or repr(e)).splitlines()[-1])  # a data worker's error ends with what was raised there
         return fault
-    except Exception:
-        if interrupted():
-            return 130
-        raise
 
 
 run.entered = False
-
-
-def interrupted():
-    """Whether Ctrl-C was pressed: a library's C code may turn the exit that it raises into an error of its own."""
-    return signal.getsignal(signal.SIGINT) is signal.SIG_DFL
 
 
 # --- one line a fault ---------------------------------------------------------------------------------------------------

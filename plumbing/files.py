@@ -30,10 +30,9 @@ READ = SUFFIXES + tuple(s for s in (".tif", ".tiff", ".bmp", ".avif", *HEIF) if 
 def find_images(paths):
     """Picture files: files as given, folders searched recursively and sorted; each file once, in order of appearance.
 
-    paths: one path or several. Returns a list of Path, empty if the folders hold no picture. Hidden files and folders
-    (names with a leading dot) inside a folder are passed over. Links to folders are followed, each folder once. One line
-    on stderr says how many other files a folder holds, and of which kinds. Raises FileNotFoundError for a path that does
-    not exist, ValueError for a file with a suffix outside READ, PermissionError for a folder that cannot be read.
+    paths: one path or several. Returns a list of Path. In a folder, names with a leading dot are passed over, links to
+    folders are followed, each folder once, and one line on stderr counts the other files by kind. FileNotFoundError for a
+    path that does not exist, ValueError for a suffix outside READ, PermissionError for a folder that cannot be read.
     """
     found = []
     for path in [Path(paths)] if isinstance(paths, (str, os.PathLike)) else map(Path, paths):
@@ -73,7 +72,7 @@ def _search(folder):
         kinds = [f"{others[kind]} {kind}" for kind in sorted(others, key=lambda kind: (-others[kind], kind))]
         remedies = sorted({NEEDS[kind] for kind in others if kind in NEEDS})
         _note("; ".join([f"{folder}: left out {others.total()} other files ({', '.join(kinds)})", *remedies]))
-    return sorted(pictures, key=lambda path: path.as_posix())
+    return sorted(pictures, key=Path.as_posix)
 
 
 def _note(text):
@@ -82,8 +81,7 @@ def _note(text):
 
 
 def _unreadable(error):  # os.walk would pass over an unreadable folder in silence
-    got = f"got {error.filename} ({error.strerror})"
-    raise PermissionError(f"expected a folder that can be read, {got}: change its rights or leave it out")
+    raise PermissionError(f"expected a folder that can be read, got {error.filename} ({error.strerror}): leave it out")
 
 
 def same_name(path):
@@ -96,18 +94,14 @@ def same_name(path):
 
 def read_file(path):
     """The bytes of a file. OSError for what is none: to open a named pipe, say, would be to wait for ever."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(f"expected a file, got {path}, which is none: leave it out")
     try:
-        if Path(path).exists() and not Path(path).is_file():
-            raise OSError(f"expected a file, got {path}, which is none: leave it out")
         return Path(path).read_bytes()
     except FileNotFoundError as e:
         raise FileNotFoundError(f"expected a picture, got {path}, which does not exist: check the path") from e
-    except PermissionError as e:
-        raise PermissionError(f"expected a file that can be read, got {path} ({e.strerror}): change its rights") from e
     except OSError as e:
-        if e.errno is None:
-            raise
-        raise OSError(f"expected a file that can be read, got {path} ({e.strerror}): replace it or leave it out") from e
+        raise type(e)(f"expected a file that can be read, got {path} ({e.strerror}): check it or leave it out") from e
 
 
 def write_bytes(path, data):
@@ -121,13 +115,11 @@ def write_bytes(path, data):
             os.fsync(f.fileno())
         os.replace(temporary, path)
         sync(path.parent)  # else a power cut could undo the rename
-    except BaseException as e:
+    except OSError as e:  # the temporary name would tell nothing
+        raise type(e)(f"expected to write {path}, got {e.strerror or e}: make room, or choose another name") from e
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if isinstance(e, OSError):  # the temporary name would tell nothing
-            got = f"got {e.strerror or e}"
-            raise type(e)(f"expected to write {path}, {got}: make room, or choose another place or name") from e
-        raise
 
 
 def make_folder(path):
@@ -143,16 +135,13 @@ def make_folder(path):
 
 
 def sync(path):
-    """Flushes a written file, or the names in a folder, to the disk.
-
-    Windows opens no folder, and VirtualBox's shares, CIFS and some FUSE mounts flush none: there it is left to the system.
-    """
+    """Flushes a written file, or the names in a folder, to the disk."""
     try:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
-    except OSError as e:
+    except OSError as e:  # Windows opens no folder; VirtualBox's shares, CIFS and some FUSE mounts flush none
         if e.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES) or not os.path.isdir(path):
             raise

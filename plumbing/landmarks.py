@@ -3,25 +3,23 @@
 Landmarks are (5, 2) float64: x, y of the left eye, the right eye, the nose, the left and the right corner of the mouth,
 left and right as in the picture. They are in the photo's pixels, counted from its top left corner: the middle of its
 first pixel is (0.5, 0.5). Spread says how far several readings of one face lie apart, in distances of its eyes.
-
 The detector is MTCNN (Zhang et al. 2016) with the weights in the optional facenet-pytorch.
 
 Usage: for points, spread in find_landmarks(read_image("photo.jpg")): ...
 """
 
+import contextlib
 import csv
 import functools
 import io
-import math
 
 import numpy as np
 import torch
 
+from plumbing.commands import optional
 from plumbing.files import read_file, write_bytes
 from plumbing.pictures import resize, to_uint8
 
-# without its dependencies, which would bring back old versions of torch and numpy
-MISSING = "expected facenet-pytorch to find faces, got none: pip install --no-deps facenet-pytorch==2.6.0"
 LONG_SIDE = 1280  # px, to which a photo is reduced; so a face's cost does not depend on the camera
 SCALES = (1, 0.75)  # of that, the two sizes at which it is read
 SMALLEST = 20  # px, the detector's box of the smallest face at those sizes
@@ -54,8 +52,7 @@ def check_size(points, photo, where):
     (H, W), L = photo.shape[1:], max(photo.shape[1:])
     outside = torch.maximum(-points, points - torch.tensor([W, H])).max()
     if outside > 0.1 * L or (points.amax(0) - points.amin(0)).max() > 0.6 * L:
-        got = f"a face at {points[2].tolist()} of {where}"
-        raise ValueError(f"expected landmarks in the pixels of a photo of {W} x {H}, got {got}: scale them")
+        raise ValueError(f"expected landmarks in {W} x {H} px, got some at {points[2].tolist()} of {where}: scale them")
 
 
 def find_landmarks(photo, long_side=LONG_SIDE, scales=SCALES):
@@ -97,11 +94,9 @@ def _detect(x):
 @functools.cache
 def load_detector():
     """MTCNN of facenet-pytorch; ValueError if that is not installed."""
-    try:
-        from facenet_pytorch import MTCNN
-    except ImportError as e:
-        raise ValueError(MISSING) from e
-    return MTCNN(min_face_size=SMALLEST, keep_all=True)
+    # without its dependencies, which would bring back old versions of torch and numpy
+    package = optional("facenet_pytorch", "finding faces", install="--no-deps facenet-pytorch==2.6.0")
+    return package.MTCNN(min_face_size=SMALLEST, keep_all=True)
 
 
 def _groups(readings):
@@ -132,8 +127,7 @@ def read_landmarks(path):
     except csv.Error as e:
         raise ValueError(f"expected a CSV file, got {path} ({e}): write it anew") from e
     if missing:
-        columns = f"photo and {COLUMNS[0]} ... {COLUMNS[-1]}"
-        raise ValueError(f"expected columns {columns} in {path}, got no {missing[0]}: add it")
+        raise ValueError(f"expected columns photo, {', '.join(COLUMNS)} in {path}, got no {missing[0]}: add it")
     faces = {}
     for row in rows:
         faces.setdefault(row["photo"], []).append((_row_points(row, f"{path}, line {rows.line_num}"), 0.0))
@@ -141,14 +135,11 @@ def read_landmarks(path):
 
 
 def _row_points(row, where):
-    try:
+    with contextlib.suppress(TypeError, ValueError):
         points = torch.tensor([float(row[name]) for name in COLUMNS], dtype=torch.float64).view(5, 2)
-    except (TypeError, ValueError) as e:
-        columns = f"{COLUMNS[0]} ... {COLUMNS[-1]}"
-        raise ValueError(f"expected ten numbers {columns}, got something else in {where}: mend it") from e
-    if not math.isfinite(float(points.abs().max())) or eye_distance(points) == 0:
-        raise ValueError(f"expected two different eyes at finite places, got others in {where}: mend it")
-    return points
+        if points.isfinite().all() and eye_distance(points) > 0:
+            return points
+    raise ValueError(f"expected ten finite numbers, the two eyes apart, got others in {where}: mend it")
 
 
 def write_manifest(path, rows):

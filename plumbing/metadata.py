@@ -68,7 +68,6 @@ def mark(suffix):
 def is_result(path):
     """Whether a file carries the mark of our results."""
     with contextlib.suppress(Exception):  # what cannot be read carries none
-        with Image.open(io.BytesIO(read_file(path)), formats=("PNG", "JPEG", "WEBP")) as image:
-            marks = [image.info.get(key) for key in ("Software", "comment", "xmp")]
-        return bool({MARK, MARK.encode(), XMP.encode()}.intersection(marks))
+        info = Image.open(io.BytesIO(read_file(path)), formats=("PNG", "JPEG", "WEBP")).info
+        return not {MARK, MARK.encode(), XMP.encode()}.isdisjoint(map(info.get, ("Software", "comment", "xmp")))
     return False

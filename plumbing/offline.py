@@ -63,8 +63,8 @@ def begin(out, settings, rank):
     done = (out / "meta.json").exists()
     if not done:  # a finished one may well be on a disk that is read-only
         make_folder(out)
-    while rank and not (out / "settings.json").exists():
-        time.sleep(0.1)
+    if rank:
+        wait_for([out / "settings.json"])
     before = settings_of(out)
     if before is None:
         if any(not path.name.endswith(".tmp") for path in out.iterdir()):
@@ -90,12 +90,11 @@ def make_shards(todo, make, settings, workers, rank):
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     bar = tqdm(total=sum(map(len, todo.values())), unit=" samples", disable=bool(rank or not todo), smoothing=0.05)
     try:
-        queue = deque()
+        begun = {}
         for path, jobs in todo.items():
             parts = (jobs[i : i + batch] for i in range(0, len(jobs), batch))
-            queue.append((path, deque(pool.submit(make, part, settings, lock) for part in parts)))
-        while queue:
-            path, parts = queue.popleft()
+            begun[path] = deque(pool.submit(make, part, settings, lock) for part in parts)
+        for path, parts in begun.items():
             done = []
             while parts:
                 done.append(parts.popleft().result())  # popped, so that what is written is not kept

@@ -76,8 +76,7 @@ def decode_picture(data, name, metadata="basic"):
     """As read_picture, of a file's bytes; name stands for the file in messages."""
     try:
         image = _load(data, name)
-        exif = keep_exif(image, metadata)
-        return Picture(*_to_tensors(_turned(image), name), exif)
+        return Picture(*_to_tensors(_turned(image), name), keep_exif(image, metadata))
     except Refused:
         raise
     except MemoryError:
@@ -121,8 +120,7 @@ def _open(data, name):
     image = Image.open(io.BytesIO(data), formats=formats)
     width, height = image.size
     if width * height > MAX_PIXELS:
-        got = f"got {width}x{height} in {name}"
-        raise Refused(f"expected at most {MAX_PIXELS} pixels, {got}: make it smaller first")
+        raise Refused(f"expected at most {MAX_PIXELS} pixels, got {width}x{height} in {name}: make it smaller first")
     if image.mode == "F" or (image.mode, image.format) == ("I", "TIFF"):
         raise Refused(f"expected 8 or 16 bits a channel, got 32 in {name}: convert it first")
     return image
@@ -200,10 +198,7 @@ def to_uint8(x):
 
 
 def resize(x, size):
-    """Bicubic resampling with antialiasing to size = (H, W).
-
-    x: (3, h, w) or (B, 3, h, w) float32 in [0, 1]; the result is clipped to [0, 1]. The same size gives x back.
-    """
+    """x (3, h, w) or (B, 3, h, w) in [0, 1] to size (H, W): bicubic, antialiased, clipped. The same size gives x back."""
     if tuple(x.shape[-2:]) == tuple(size):
         return x
     batch = x if x.ndim == 4 else x[None]
@@ -213,9 +208,8 @@ def resize(x, size):
 
 def square(x, size):
     """The middle square of x (3, H, W), resampled to (3, size, size)."""
-    _, H, W = x.shape
-    s = min(H, W)
-    top, left = (H - s) // 2, (W - s) // 2
+    s = min(x.shape[1:])
+    top, left = ((side - s) // 2 for side in x.shape[1:])
     return resize(x[:, top : top + s, left : left + s], (size, size))
 
 
@@ -242,10 +236,7 @@ def encode_image(x, suffix, **info):
 
 
 def write_image(path, x):
-    """Writes x (3, H, W), clipped to [0, 1], as PNG, JPEG or WebP by the suffix of path; whole or not at all.
-
-    Raises ValueError as encode_image does, OSError if the file cannot be written.
-    """
+    """Writes x (3, H, W), clipped to [0, 1], by path's suffix, whole or not at all. OSError, or ValueError as encode_image."""
     write_bytes(path, encode_image(x, Path(path).suffix))
 
 

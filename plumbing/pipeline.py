@@ -48,14 +48,14 @@ def overlapped(batches, read, work, write, workers=None):
     workers: threads for work, each of which computes on one core; None: the caller's own, on all cores. At most 4 + workers
     lists are in memory, however many come. When the caller is interrupted, what has begun is finished.
     """
-
-    def worked(batches):
-        for jobs in batches:
-            work(jobs)
-            yield jobs
-
     ready = beside(read, batches)
-    return beside(write, beside(work, ready, workers) if workers else worked(ready))
+    return beside(write, beside(work, ready, workers) if workers else (after(work, jobs) for jobs in ready))
+
+
+def after(step, jobs):
+    """The jobs, once the step has been done with them."""
+    step(jobs)
+    return jobs
 
 
 def beside(step, batches, threads=1):
@@ -63,16 +63,11 @@ def beside(step, batches, threads=1):
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         begun = deque()
         for jobs in batches:
-            begun.append((pool.submit(step, jobs), jobs))
+            begun.append(pool.submit(after, step, jobs))
             if len(begun) > threads:
-                yield done(*begun.popleft())
+                yield begun.popleft().result()  # raises what a fault in the code raised
         while begun:
-            yield done(*begun.popleft())
-
-
-def done(future, jobs):
-    future.result()  # raises what a fault in the code raised
-    return jobs
+            yield begun.popleft().result()
 
 
 def progress(batches, total):

@@ -4,6 +4,7 @@ A preset is a dict. `paper` names the published weights on the Hugging Face hub,
 classes that read them are the same. A name is a folder of this repository, any other folder, or a hub id.
 """
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -15,40 +16,35 @@ LEVELS = ("light", "medium", "heavy")
 ADAPTERS = ("zero-linear", "scalar-gate", "none")  # of adapter.py
 ENTRIES = ("mean", "clean", "noised")  # of student.py
 
-PRESETS = {
-    "paper": {
-        "preset": "paper",
-        "image_size": 512,
-        "teacher": "ohayonguy/PMRF_blind_face_image_restoration",
-        "base": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        "lcm_lora": "latent-consistency/lcm-lora-sdv1-5",
-        "clip": {"name": "vit_base_patch16_clip_quickgelu_224.openai"},
-        "dino": {"name": "vit_base_patch14_dinov2.lvd142m", "img_size": 518},
-        "visual_encoder": {"nf": 64, "emb_dim": 197, "ch_mult": [2, 4, 8], "res_blocks": 2},
-        "condition_channels": [16, 32, 96, 256],
-        "adapter": "zero-linear",
-        "timestep": 499,
-        "entry": "mean",
-        "lora_rank": 32,
-        "lr": 2e-5,
-    },
-    "tiny": {
-        "preset": "tiny",
-        "image_size": 256,
-        "teacher": "tiny/teacher",
-        "base": "tiny/base",
-        "lcm_lora": None,
-        "clip": {"name": "tiny/clip"},
-        "dino": {"name": "tiny/dino"},
-        "visual_encoder": {"nf": 32, "emb_dim": 65, "ch_mult": [1, 2, 2], "res_blocks": 1},
-        "condition_channels": [16, 32, 48, 64],
-        "adapter": "zero-linear",
-        "timestep": 499,
-        "entry": "mean",
-        "lora_rank": 32,
-        "lr": 5e-4,
-    },
+PAPER = {
+    "preset": "paper",
+    "image_size": 512,
+    "teacher": "ohayonguy/PMRF_blind_face_image_restoration",
+    "base": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "lcm_lora": "latent-consistency/lcm-lora-sdv1-5",
+    "clip": {"name": "vit_base_patch16_clip_quickgelu_224.openai"},
+    "dino": {"name": "vit_base_patch14_dinov2.lvd142m", "img_size": 518},
+    "visual_encoder": {"nf": 64, "emb_dim": 197, "ch_mult": [2, 4, 8], "res_blocks": 2},
+    "condition_channels": [16, 32, 96, 256],
+    "adapter": "zero-linear",
+    "timestep": 499,
+    "entry": "mean",
+    "lora_rank": 32,
+    "lr": 2e-5,
 }
+TINY = PAPER | {  # in all else like the paper's
+    "preset": "tiny",
+    "image_size": 256,
+    "teacher": "tiny/teacher",
+    "base": "tiny/base",
+    "lcm_lora": None,
+    "clip": {"name": "tiny/clip"},
+    "dino": {"name": "tiny/dino"},
+    "visual_encoder": {"nf": 32, "emb_dim": 65, "ch_mult": [1, 2, 2], "res_blocks": 1},
+    "condition_channels": [16, 32, 48, 64],
+    "lr": 5e-4,
+}
+PRESETS = {"paper": PAPER, "tiny": TINY}
 
 
 def load_config(name):
@@ -56,13 +52,11 @@ def load_config(name):
     if name in PRESETS:
         return json.loads(json.dumps(PRESETS[name]))  # a copy that no caller can change
     path = newest_checkpoint(name) / "config.json"
-    try:
+    with contextlib.suppress(ValueError, AttributeError):  # no JSON, no dict
         config = json.loads(path.read_text())
-    except json.JSONDecodeError:
-        raise ValueError(f"expected a checkpoint's settings in {path}, got no JSON: it is damaged") from None
-    if not isinstance(config, dict) or "preset" not in config or "stage" not in config:
-        raise ValueError(f"expected a DirectFlow checkpoint, {path} names no preset and stage: name another")
-    return {"entry": "clean"} | config  # checkpoints that name none were trained this way
+        if config.keys() >= {"preset", "stage"}:
+            return {"entry": "clean"} | config  # checkpoints that name none were trained this way
+    raise ValueError(f"expected a DirectFlow checkpoint, got {path} without preset or stage: damaged, name another")
 
 
 def newest_checkpoint(folder):
@@ -81,10 +75,7 @@ def steps_in(run):
 
 
 def locate(name):
-    """A folder of this repository or of the disk -> its path; anything else is a hub id and stays as it is.
-
-    FileNotFoundError for a part of tiny/ that is not there: it is no hub id.
-    """
+    """The path of a folder of this repository; any other folder, or hub id, as it is. FileNotFoundError for a lost tiny/."""
     if (ROOT / name).is_dir():
         return str(ROOT / name)
     if str(name).startswith("tiny/"):

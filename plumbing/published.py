@@ -24,8 +24,6 @@ from nets.autoencoder import PCAAutoencoder
 from plumbing.files import make_folder, write_bytes
 from plumbing.presets import ROOT, locate
 
-# Never a pickle. Without accelerate, which is optional, diffusers fills a network with random numbers before it reads the file.
-FROM_PRETRAINED = dict(torch_dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=is_accelerate_available())
 LPIPS_FEATURES = ROOT / "tiny" / "lpips_alex.safetensors"
 
 
@@ -35,9 +33,7 @@ def loading(what, name, size):
     try:
         yield
     except Exception as e:  # huggingface_hub, safetensors, timm and diffusers each have errors of their own
-        remedy = f"run once with a network (hf download {name}), or give a local folder"
-        if Path(locate(name)).exists():
-            remedy = "restore that folder"
+        remedy = "restore that folder" if Path(locate(name)).exists() else f"online, run hf download {name}"
         got = f"could not load it ({type(e).__name__}: {' '.join(str(e).split())[:160]})"
         raise OSError(f"expected the {what} ({size}) at {name!r}, {got}: {remedy}") from None
 
@@ -53,8 +49,9 @@ def fetch(name, file):
 
 def read(cls, config, part):
     """A frozen diffusers network, the `part` of config["base"]. ValueError if its file lacks weights; diffusers is silent."""
-    options = FROM_PRETRAINED | dict(subfolder=part, output_loading_info=True)
-    module, keys = cls.from_pretrained(locate(config["base"]), **options)
+    # Never a pickle. Without accelerate, which is optional, diffusers makes random weights before it reads the file
+    options = dict(torch_dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=is_accelerate_available())
+    module, keys = cls.from_pretrained(locate(config["base"]), subfolder=part, output_loading_info=True, **options)
     if keys["missing_keys"]:
         raise ValueError("weights that its config asks for are not in it")
     return module.eval().requires_grad_(False)
@@ -82,16 +79,15 @@ def load_schedule(config):
         return LCMScheduler(**betas).alphas_cumprod.tolist()
 
 
-# --- CLIP and DINOv2, through timm -----------------------------------------------------------------------------------------
+# --- CLIP and DINOv2 through timm, LPIPS -----------------------------------------------------------------------------------
 
 
 def load_vit(entry):
     """A frozen ViT without its head. entry: its "name" (timm's, or a local timm folder) and arguments of its class."""
-    entry = dict(entry)
-    name = entry.pop("name")
+    name, options = entry["name"], {key: value for key, value in entry.items() if key != "name"}
     folder = Path(locate(name)).is_dir()
     with loading("feature backbone", name if folder else timm_hub_id(name), "about 350 MB, through timm"):
-        vit = timm.create_model(f"local-dir:{locate(name)}" if folder else name, num_classes=0, **entry)
+        vit = timm.create_model(f"local-dir:{locate(name)}" if folder else name, num_classes=0, **options)
         vit.register_load_state_dict_post_hook(nothing_missing)
         timm.models.load_pretrained(vit, num_classes=0, filter_fn=checkpoint_filter_fn, strict=False)
     return vit.eval().requires_grad_(False)
@@ -108,40 +104,6 @@ def timm_hub_id(name):
     cfg = timm.models.get_pretrained_cfg(name)
     hub_id = cfg.hf_hub_id if cfg and cfg.hf_hub_id else "timm/"
     return hub_id + name if hub_id.endswith("/") else hub_id
-
-
-# --- LoRA files ------------------------------------------------------------------------------------------------------------
-
-LORA_KEY = re.compile(r"(?:base_model\.model\.|unet\.|lora_unet_)(.+)\.lora[._](A|B|down|up)\.weight")
-
-
-def load_lora(name, file, unet):
-    """The matrices of a LoRA's file, {layer of the UNet: (A (r, in, ...), B (out, r, ...), alpha / r)}, float32.
-
-    Read are peft's names (with alpha and r in adapter_config.json beside it), diffusers' ("unet.", alpha = r) and kohya's
-    ("lora_unet_" with underscores, an alpha a layer), linear layers and convolutions. Layers of a text encoder are left out.
-    ValueError if a layer is none of the UNet's, or if there is none at all.
-    """
-    path = fetch(name, file)
-    state, settings = load_file(path), path.with_name("adapter_config.json")
-    config = json.loads(settings.read_text()) if settings.is_file() else {}
-    scale = config["lora_alpha"] / config["r"] if config else 1.0
-    known, layers = {n.replace(".", "_"): n for n, _ in unet.named_modules()}, {}
-    for key, A in state.items():
-        found = LORA_KEY.fullmatch(key)
-        if found and found[2] in ("A", "down"):
-            layer, stem = known.get(found[1].replace(".", "_")), key.removesuffix(".weight")
-            if layer is None:
-                raise ValueError(f"{found[1]} is no layer of this UNet")
-            B = state[stem.removesuffix(found[2]) + {"A": "B", "down": "up"}[found[2]] + ".weight"]
-            alpha = state.get(re.sub(r"\.lora[._]down$", ".alpha", stem))
-            layers[layer] = A.float(), B.float(), scale if alpha is None else alpha.item() / len(A)
-    if not layers:
-        raise ValueError("no layer of a UNet in it")
-    return layers
-
-
-# --- LPIPS -----------------------------------------------------------------------------------------------------------------
 
 
 def load_lpips():
@@ -169,6 +131,35 @@ def lpips_of(net, convolutions):
     return lpips_fn.eval().requires_grad_(False)
 
 
+# --- LoRA files ------------------------------------------------------------------------------------------------------------
+
+LORA_KEY = re.compile(r"((?:base_model\.model\.|unet\.|lora_unet_)(.+))(\.lora[._])(A|down)\.weight")
+
+
+def load_lora(name, file, unet):
+    """The matrices of a LoRA's file, {layer of the UNet: (A (r, in, ...), B (out, r, ...), alpha / r)}, float32.
+
+    Read are peft's names (with alpha and r in adapter_config.json beside it), diffusers' ("unet.", alpha = r) and kohya's
+    ("lora_unet_" with underscores, an alpha a layer), linear layers and convolutions. Layers of a text encoder are left out.
+    ValueError if a layer is none of the UNet's, or if there is none at all.
+    """
+    path = fetch(name, file)
+    state, settings = load_file(path), path.with_name("adapter_config.json")
+    config = json.loads(settings.read_text()) if settings.is_file() else {}
+    scale = config["lora_alpha"] / config["r"] if config else 1.0
+    known, layers = {n.replace(".", "_"): n for n, _ in unet.named_modules()}, {}
+    for key, A in state.items():
+        if found := LORA_KEY.fullmatch(key):
+            stem, place, lora, half = found.groups()
+            if (layer := known.get(place.replace(".", "_"))) is None:
+                raise ValueError(f"{place} is no layer of this UNet")
+            B, alpha = state[f"{stem}{lora}{'B' if half == 'A' else 'up'}.weight"], state.get(f"{stem}.alpha")
+            layers[layer] = A.float(), B.float(), scale if alpha is None else alpha.item() / len(A)
+    if not layers:
+        raise ValueError("no layer of a UNet in it")
+    return layers
+
+
 # --- PMRF ------------------------------------------------------------------------------------------------------------------
 
 # The published sizes: PMRF's swinir_L and hdit_ImageNet256Sp4
@@ -187,8 +178,7 @@ def loading_pmrf(source):
     except OSError:
         raise
     except Exception as e:  # a foreign file can fail in any way
-        got = f"expected PMRF as published, got {one_line(e)}"
-        raise ValueError(f"{source}: {got}; check the download and the sizes") from None
+        raise ValueError(f"{source}: expected PMRF as published, got {one_line(e)}; check download and sizes") from None
 
 
 def read_pmrf(name_or_folder):
@@ -221,9 +211,8 @@ def write_pmrf(folder, config, pmrf, dtype):
     config = {"arch": "hdit", "mmse_model_arch": "swinir", "stage": "flow", "conditional": False} | config
     weights = {k: p.detach().to("cpu", dtype).contiguous() for k, p in pmrf.named_parameters()}
     weights |= {k: b.cpu() for k, b in pmrf.named_buffers()}  # the frequencies of time stay float32
-    folder = make_folder(folder)
-    write_bytes(folder / "model.safetensors", save(weights, {"format": "pt"}))
-    write_bytes(folder / "config.json", json.dumps(config, indent=1).encode() + b"\n")
+    write_bytes(make_folder(folder) / "model.safetensors", save(weights, {"format": "pt"}))
+    write_bytes(Path(folder) / "config.json", json.dumps(config, indent=1).encode() + b"\n")
 
 
 def sizes(config, net):
@@ -238,17 +227,16 @@ def sizes(config, net):
 def read_repository(path):
     """config, weights, None from config.json and model.safetensors of a folder or a hub repository."""
     names = ("config.json", "model.safetensors")
-    if path.is_dir():
-        if missing := [name for name in names if not (path / name).is_file()]:
-            got = " and no ".join(missing)
-            raise FileNotFoundError(f"{path}: expected {names[0]} and {names[1]}, got no {got}: copy both there")
-    need = f"expected a folder, a .ckpt or a hub repository with {names[0]} and {names[1]} (published: 0.7 GB)"
-    if not path.is_dir() and (path.is_absolute() or len(path.parts) != 2):  # no owner/name
-        raise FileNotFoundError(f"{path}: {need}, got none of them: check the path")
+    need = f"{path}: expected a .ckpt, or a folder or hub repository with {names[0]} and {names[1]} (published: 0.7 GB)"
+    missing = " and no ".join(name for name in names if not (path / name).is_file())
+    if missing and path.is_dir():
+        raise FileNotFoundError(f"{need}, got no {missing}: copy both there")
+    if missing and (path.is_absolute() or len(path.parts) != 2):  # no owner/name
+        raise FileNotFoundError(f"{need}, got none of them: check the path")
     try:
         files = [fetch(path, name) for name in names]
     except Exception as e:  # offline, unknown, gated: all the same to the user
-        raise FileNotFoundError(f"{path}: {need}, got {type(e).__name__}: online, run hf download {path}") from None
+        raise FileNotFoundError(f"{need}, got {type(e).__name__}: online, run hf download {path}") from None
     return json.loads(files[0].read_text()), load_file(files[1]), None
 
 

@@ -39,15 +39,10 @@ def settings(args, config, meta):
     chosen = {name: getattr(args, name) for name in names}
     chosen["peak_lr"] = args.lr  # "lr" is the preset's default, which Stage B reads from Stage A's config.json
     origin = {"init": args.init and str(args.init), "adapter": config["adapter"], "entry": config["entry"]}
-    return {**chosen, **origin, **cache_identity(meta)}
-
-
-def cache_identity(meta):
-    """What tells one cache from another: the settings that a reader knows, then the bytes of all its shards."""
-    shards = hashlib.sha256(" ".join(shard["sha256"] for shard in meta["shards"]).encode()).hexdigest()
-    known = {name: meta[name] for name in ("seed", "steps", "repeats", "count", "teacher_sha256", "vae_sha256")}
-    known |= {"ranges": [ranges["name"] for ranges in meta["ranges"]], "shards_sha256": shards}
-    return {f"cache_{name}": value for name, value in known.items()}
+    cache = {name: meta[name] for name in ("seed", "steps", "repeats", "count", "teacher_sha256", "vae_sha256")}
+    cache["ranges"] = [ranges["name"] for ranges in meta["ranges"]]
+    cache["shards_sha256"] = hashlib.sha256(" ".join(s["sha256"] for s in meta["shards"]).encode()).hexdigest()
+    return {**chosen, **origin, **{f"cache_{name}": value for name, value in cache.items()}}
 
 
 def check_settings(folder, now, otherwise="another --out"):
@@ -66,8 +61,7 @@ def check_init(config, args, meta):
     if config["stage"] != "A":
         raise ValueError(f"expected a Stage A checkpoint in --init {args.init}, got one of Stage {config['stage']}")
     if config["preset"] != meta["preset"]:
-        ours, got = config["preset"], f"{meta['preset']!r} in {args.cache}"
-        raise ValueError(f"expected a cache of preset {ours!r}, as --init's, got {got}: make one with --preset {ours}")
+        raise ValueError(f"expected a cache of preset {config['preset']!r}, --init's, got {meta['preset']!r}: make one")
     for name in ("adapter", "entry"):
         given, there = getattr(args, name), config.get(name, "clean")
         if given not in (None, there):
@@ -77,61 +71,48 @@ def check_init(config, args, meta):
 def check_networks(cache, meta, **networks):
     """ValueError if the cache was made with another VAE (its latents are then of another space) or another teacher."""
     for name, network in networks.items():
-        ours, theirs = network and weights_sha256(network), meta[f"{name}_sha256"]
-        if network and ours != theirs:
-            got = f"{cache} was made with another ({theirs[:12]}): make it again"
-            raise ValueError(f"expected a cache made with the preset's {name} (sha256 {ours[:12]}), {got}")
+        if network and weights_sha256(network) != meta[f"{name}_sha256"]:
+            raise ValueError(f"expected a cache made with the preset's {name}, got {cache} of another: make it again")
 
 
-# --- one process at a time ------------------------------------------------------------------------------------------------
+# --- checkpoints, written by one process at a time -----------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def alone(out, rank):
-    """Inside, no other training writes into the folder out; ValueError where one does. The lock ends with the process.
-
-    Rank 0 takes it for all processes of a training. Where folders cannot be locked (Windows, some network disks) none is.
-    """
-    if rank or not fcntl:
+    """Inside, no other training writes into the folder out; ValueError where one does. The lock ends with the process."""
+    if rank or not fcntl:  # rank 0 locks it for all processes of a training
         yield
         return
     handle = os.open(files.make_folder(out), os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise ValueError(f"another process is training into {out}: wait for it, or give another --out") from None
-    except OSError:
-        pass
-    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is training into {out}: wait for it, or give another --out") from None
+        except OSError:  # as on some network disks
+            pass
         yield
     finally:
         os.close(handle)
 
 
-# --- checkpoints --------------------------------------------------------------------------------------------------------
-
-
 def write(out, step, fill, keep=2):
-    """Makes out/step-NNNNNN by fill(folder), whole or not at all, and drops all but the last `keep`.
-
-    What fill raises comes through (a full disk is an OSError); the checkpoints before stay as they are.
-    """
+    """Makes out/step-NNNNNN by fill(folder), whole or not at all, and drops all but the last `keep`. OSError if that fails."""
     final, temporary = out / f"step-{step:06d}", out / f"step-{step:06d}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        try:
-            fill(temporary)
-        except Exception as e:  # safetensors and diffusers have errors of their own for a full disk
-            goes_on = f"goes on from {steps_in(out)[-1]}" if steps_in(out) else "begins anew"
-            raise OSError(f"could not write {final} ({e}): make room, the same command {goes_on}") from e
+        fill(temporary)
         for path in [*temporary.rglob("*"), temporary]:
             files.sync(path)
         if final not in steps_in(out):
             shutil.rmtree(final, ignore_errors=True)  # of that name, but no checkpoint
             os.replace(temporary, final)
         files.sync(out)
+    except Exception as e:  # safetensors and diffusers have errors of their own for a full disk
+        goes_on = f"goes on from {steps_in(out)[-1]}" if steps_in(out) else "begins anew"
+        raise OSError(f"could not write {final} ({e}): make room, the same command {goes_on}") from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in {*out.glob("step-??????")} - {*steps_in(out)[-keep:]}:
@@ -214,8 +195,7 @@ class Log:
                 with open(self.path, "a") as f:
                     f.write(json.dumps(line | {"raw": raw, "weighted": weighted}) + "\n")
         except OSError as e:  # a full disk does not say where
-            goes_on = "the same command goes on from the last checkpoint"
-            raise OSError(f"could not write {self.path}: {e.strerror}; {goes_on}") from e
+            raise OSError(f"could not write {self.path}: {e.strerror}; make room, the same command goes on") from e
         return loss
 
 
@@ -223,12 +203,10 @@ def read_log(path, needed=("step",)):
     """The lines of a log.jsonl, dicts; the last one may be in the writing. ValueError if a line lacks one of `needed`."""
     if not path.is_file():
         raise FileNotFoundError(f"expected a training's log in {path}, found none: name a folder of train.py")
-    try:
+    with contextlib.suppress(json.JSONDecodeError, AttributeError):
         lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
         if all(line.keys() >= set(needed) for line in lines):
             return lines
-    except (json.JSONDecodeError, AttributeError):
-        pass
     raise ValueError(f"expected {', '.join(needed)} in each line of {path}, got others: train it again")
 
 

@@ -4,6 +4,7 @@ Pictures: (3, H, W) float32 in [0, 1], kept as lossless WebP of 8 bits a channel
 """
 
 import bisect
+import contextlib
 import hashlib
 import json
 from itertools import accumulate
@@ -39,9 +40,8 @@ class CacheDataset(torch.utils.data.Dataset):
     def __getitem__(self, i):
         f, j = self.locate(i)
         # by numpy, in one thread: torch would start its pool for each small tensor, in every worker
-        z_lq, z_target = (f.get_slice(name)[j].numpy().astype(np.float32) for name in ("z_lq", "z_target"))
-        z_lq, z_target = torch.from_numpy(z_lq), torch.from_numpy(z_target)
-        return dict(z_lq=z_lq, z_target=z_target, y=picture(f, "y", j), x_target=picture(f, "x", j), index=int(i))
+        z = {name: torch.from_numpy(f.get_slice(name)[j].numpy().astype(np.float32)) for name in ("z_lq", "z_target")}
+        return dict(**z, y=picture(f, "y", j), x_target=picture(f, "x", j), index=int(i))
 
     def record(self, i):
         f, j = self.locate(i)
@@ -68,8 +68,7 @@ def read_meta(folder):
     try:
         meta = json.loads((folder / "meta.json").read_text())
         sizes = {folder / shard["file"]: shard["bytes"] for shard in meta["shards"]}
-        counts = [shard["count"] for shard in meta["shards"]]
-        if not meta["preset"] or not meta["image_size"] or meta["count"] != sum(counts):
+        if not meta["preset"] or not meta["image_size"] or meta["count"] != sum(s["count"] for s in meta["shards"]):
             raise ValueError("its count is not the sum of the shards'")
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"expected a cache in {folder}, got a foreign meta.json: make one with cache.py") from None
@@ -101,12 +100,10 @@ def read_records(path):
 def settings_of(folder):
     """The dict of settings.json, or None where there is none. ValueError if it is damaged."""
     path = Path(folder) / "settings.json"
-    try:
+    with contextlib.suppress(ValueError):
         settings = json.loads(path.read_text()) if path.is_file() else None
         if settings is None or isinstance(settings, dict):
             return settings
-    except ValueError:
-        pass
     raise ValueError(f"expected the settings of a cache in {path}, got no JSON of them: delete {folder}, make it again")
 
 
@@ -134,10 +131,8 @@ def write_shard(path, batches):
 
 
 def check(folder, meta, decode, params):
-    """Verifies a finished cache; yields one line a fault.
+    """Verifies each shard of a finished cache: sha256, count, shapes, finite latents, sizes, PSNR. Yields a line a fault.
 
-    Each shard: sha256, number of samples, shapes, finite latents, pictures that decode to their size; and for the first
-    CHECKED samples of it the PSNR of the decoded target latent against X†, at least MIN_PSNR dB.
     decode: latents (1, C, h, w) -> (1, 3, S, S) in [0, 1]; params: what reads a record's degradation, an error if it is none.
     """
     for shard in tqdm(meta["shards"], unit=" shards"):

@@ -25,7 +25,7 @@ def plan(images, out=None, compare=False, overwrite=False):
 
 def plan_copies(images, out):
     """As plan, for copies of pictures in a folder: NAME.png, in the tree that a given folder has."""
-    return without_clashes(*pairs_of(images, out, ".png"), compare=False, overwrite=True)
+    return without_clashes(*pairs_of(images, out, ".png"))
 
 
 def pairs_of(images, out, ending, select=lambda found: found):
@@ -70,15 +70,13 @@ def names_a_file(out, inputs):
     suffix = out.suffix.lower()
     if out.is_dir() or not (suffix in {*READ, *NEEDS, ".gif"} or out.exists()):
         return False
-    if suffix not in SUFFIXES and not out.exists():
-        kinds = ", ".join(SUFFIXES)
-        raise ValueError(f"expected a folder, or a picture ({kinds}), got -o {out}: choose another suffix")
     if suffix not in SUFFIXES or inputs != 1:
-        raise ValueError(f"expected a folder, or for one input a picture's name, got -o {out}: name a folder")
+        need = f"expected a folder, or for one input a picture ({', '.join(SUFFIXES)})"
+        raise ValueError(f"{need}, got -o {out}: name a folder or choose another suffix")
     return True
 
 
-def without_clashes(pairs, errors, compare, overwrite):
+def without_clashes(pairs, errors, compare=False, overwrite=True):
     """The pairs whose output is theirs alone; the others are added to the errors."""
     inputs, outputs, good = {same_name(path) for path, _ in pairs}, {}, []
     for path, target in pairs:
@@ -86,8 +84,7 @@ def without_clashes(pairs, errors, compare, overwrite):
         taken = [t for t in written if same_name(t) in inputs]
         foreign = [t for t in written if t.is_file() and not (overwrite or is_result(t))]
         if taken:
-            got = f"got {taken[0]} for {path}, itself an input"
-            errors.append(f"expected an output beside the inputs, {got}: use -o FOLDER")
+            errors.append(f"expected another output, got {taken[0]} for {path}, itself an input: use -o FOLDER")
         elif same_name(target) in outputs:
             other = outputs[same_name(target)]
             errors.append(f"expected an output for each, got {target} for both {other} and {path}: rename one")
@@ -111,13 +108,8 @@ def plan_faces(photos, out):
     Keeps the folders' structure. ValueError if `out` holds a photo, since a second run would take its faces for photos.
     """
     pairs, errors = pairs_of(photos, out, ending="")
-    names, owners = {}, {}
-    for path, name in pairs:
-        if out.resolve() in path.resolve().parents:
+    for path, _ in pairs:
+        if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(out)):
             raise ValueError(f"expected a folder for faces alone, got -o {out}, which holds {path}: name another")
-        owner = owners.setdefault(same_name(name), path)
-        if owner == path:
-            names[path] = name
-        else:
-            errors.append(f"expected different names, got {owner} and {path} for {name}_0.png: rename one")
-    return names, errors
+    good, errors = without_clashes(pairs, errors)
+    return dict(good), errors
