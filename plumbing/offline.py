@@ -1,16 +1,12 @@
-"""How a cache comes to be on disk: settings first, shards written whole or not at all, meta.json last.
-
-So a run that was killed goes on where it was, and any number of processes ends with the same bytes.
-"""
+"""How a cache comes to be on disk: settings first, shards written whole or not at all, meta.json last."""
 
 import hashlib
 import json
 import os
 import threading
 import time
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +17,7 @@ from tqdm import tqdm
 
 from plumbing import commands
 from plumbing.files import READ, find_images, make_folder, write_bytes
+from plumbing.pipeline import beside
 from plumbing.shards import read_records, settings_of, write_shard
 
 MAX_SHARD = 256  # samples; about 120 MB at 512 px
@@ -71,10 +68,9 @@ def begin(out, settings, rank):
             raise ValueError(f"expected a new or empty folder or a cache, got {out}: choose another --out")
         return write_json(out / "settings.json", settings)
     # what is finished stays good when libraries change, or this program learns a setting
-    known = [key for key in settings if not (done and (key == "versions" or key not in before))]
-    keys = [key for key in known if before.get(key) != settings[key]]
-    if keys:
-        was = ", ".join(f"{key} {before.get(key)} (now {settings[key]})" for key in keys)
+    known = {key: now for key, now in settings.items() if not (done and (key == "versions" or key not in before))}
+    was = ", ".join(f"{key} {before.get(key)} (now {now})" for key, now in known.items() if before.get(key) != now)
+    if was:
         raise ValueError(f"expected the settings of the cache in {out}, got others: {was}: delete it or change --out")
 
 
@@ -84,26 +80,17 @@ def make_shards(todo, make, settings, workers, rank):
     On the CPU each batch is computed by one thread, so that the number of threads splits no sum. A GPU has one batch at
     a time, while others are read, degraded and compressed.
     """
-    lock, batch = threading.Lock() if settings["device"] == "cuda" else nullcontext(), settings["batch"]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-    bar = tqdm(total=sum(map(len, todo.values())), unit=" samples", disable=bool(rank or not todo), smoothing=0.05)
-    try:
-        begun = {}
-        for path, jobs in todo.items():
-            parts = (jobs[i : i + batch] for i in range(0, len(jobs), batch))
-            begun[path] = deque(pool.submit(make, part, settings, lock) for part in parts)
-        for path, parts in begun.items():
+    lock, size = threading.Lock() if settings["device"] == "cuda" else nullcontext(), settings["batch"]
+    batches = {path: [jobs[i : i + size] for i in range(0, len(jobs), size)] for path, jobs in todo.items()}
+    made = beside(lambda batch: make(batch, settings, lock), chain(*batches.values()), workers)
+    total, quiet = sum(map(len, todo.values())), rank > 0 or not todo
+    with tqdm(total=total, unit=" samples", disable=quiet, smoothing=0.05) as bar:
+        for path in todo:
             done = []
-            while parts:
-                done.append(parts.popleft().result())  # popped, so that what is written is not kept
-                bar.update(len(done[-1]["samples"]) + len(done[-1]["skipped"]))
+            for batch in batches[path]:
+                done.append(next(made))
+                bar.update(len(batch))
             write_shard(path, done)
-    finally:
-        bar.close()
-        pool.shutdown(wait=False, cancel_futures=True)
-        torch.set_num_threads(threads)
 
 
 def wait_for(paths):

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -48,8 +49,9 @@ def overlapped(batches, read, work, write, workers=None):
     workers: threads for work, each of which computes on one core; None: the caller's own, on all cores. At most 4 + workers
     lists are in memory, however many come. When the caller is interrupted, what has begun is finished.
     """
+    read, work, write = (partial(after, step) for step in (read, work, write))
     ready = beside(read, batches)
-    return beside(write, beside(work, ready, workers) if workers else (after(work, jobs) for jobs in ready))
+    return beside(write, beside(work, ready, workers) if workers else map(work, ready))
 
 
 def after(step, jobs):
@@ -59,11 +61,11 @@ def after(step, jobs):
 
 
 def beside(step, batches, threads=1):
-    """Yields each list of jobs after step(jobs), which runs in threads while the caller has the lists before."""
+    """Yields step(jobs) of each list of jobs, in order. It runs in threads, a core each, while the caller has those before."""
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         begun = deque()
         for jobs in batches:
-            begun.append(pool.submit(after, step, jobs))
+            begun.append(pool.submit(step, jobs))
             if len(begun) > threads:
                 yield begun.popleft().result()  # raises what a fault in the code raised
         while begun:
