@@ -111,8 +111,7 @@ def weights_sha256(module):
     """sha256 of a network's weights and buffers, by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(name.encode() + values.numpy().tobytes())
+        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -136,18 +135,17 @@ def check(folder, meta, decode, params):
     decode: latents (1, C, h, w) -> (1, 3, S, S) in [0, 1]; params: what reads a record's degradation, an error if it is none.
     """
     for shard in tqdm(meta["shards"], unit=" shards"):
-        path, n = Path(folder) / shard["file"], shard["count"]
-        if hashlib.sha256(path.read_bytes()).hexdigest() != shard["sha256"]:
-            yield f"{shard['file']}: expected the sha256 in meta.json, got another: the file was changed"
         try:
-            with safe_open(path, "pt") as f:
-                for fault in check_shard(f, n, meta["image_size"], decode, params):
-                    yield f"{shard['file']}: {fault}"
+            for fault in check_shard(Path(folder) / shard["file"], shard, meta["image_size"], decode, params):
+                yield f"{shard['file']}: {fault}"
         except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as e:
             yield f"{shard['file']}: cannot be read: {e}"
 
 
-def check_shard(f, n, S, decode, params):
+def check_shard(path, shard, S, decode, params):
+    if hashlib.sha256(path.read_bytes()).hexdigest() != shard["sha256"]:
+        yield "expected the sha256 in meta.json, got another: the file was changed"
+    f, n = safe_open(path, "pt"), shard["count"]
     z_lq, z_target, samples = f.get_tensor("z_lq"), f.get_tensor("z_target"), records_of(f)["samples"]
     if not len(samples) == len(z_lq) == len(z_target) == n or z_lq.shape != z_target.shape:
         yield f"expected {n} samples, got {len(samples)} with latents {tuple(z_lq.shape)}, {tuple(z_target.shape)}"
