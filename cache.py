@@ -156,23 +156,20 @@ def build(teacher, vae, data, sources, out, settings, workers=1, rank=0, world=1
     offline.begin(out, settings, rank)
     if (out / "meta.json").exists():
         return None if rank else read_meta(out), 0, 0.0
-    size, n = settings["shard_size"], len(sources)
     jobs = [(name, index, repeat) for repeat in range(settings["repeats"]) for index, name in enumerate(sources)]
-    paths = [out / f"shard_{k:05d}.safetensors" for k in range(-(-n * settings["repeats"] // size))]
-    todo = {paths[k]: jobs[k * size :][:size] for k in range(rank, len(paths), world) if not paths[k].exists()}
+    size = settings["shard_size"]
+    plan = {out / f"shard_{i // size:05d}.safetensors": jobs[i : i + size] for i in range(0, len(jobs), size)}
+    todo = {path: plan[path] for path in list(plan)[rank::world] if not path.exists()}
     start = time.perf_counter()
     offline.make_shards(todo, lambda *args: make_batch(teacher, vae, data, *args), settings, workers, rank)
-    seconds = time.perf_counter() - start
-    return None if rank else finish(data, out, settings, paths), sum(map(len, todo.values())), seconds
-
-
-def finish(data, out, settings, paths):
-    """Writes preview.png and, as the last file, meta.json. Returns the dict in it."""
-    offline.wait_for(paths)
-    meta = offline.summary(data, out, settings, paths)
+    made, seconds = sum(map(len, todo.values())), time.perf_counter() - start
+    if rank:
+        return None, made, seconds
+    offline.wait_for(plan)
+    meta = offline.summary(data, out, settings, plan)
     write_image(out / "preview.png", preview(CacheDataset(out, meta), data))
     offline.write_json(out / "meta.json", meta)
-    return meta
+    return meta, made, seconds
 
 
 def preview(dataset, data, n=8, size=256):
@@ -218,12 +215,11 @@ def work(args):
 
 def verify(folder, device):
     meta = read_meta(folder)
-    faults = list(check(folder, meta, load_vae(load_config(meta["preset"])).to(device)))
-    for fault in faults:
-        commands.complain(fault)
-    if not faults:
+    vae = load_vae(load_config(meta["preset"])).to(device)
+    failed = sum(map(commands.complain, list(check(folder, meta, vae))))  # a list: the bar ends before the lines begin
+    if not failed:
         commands.say(f"{folder}: {meta['count']} samples in {len(meta['shards'])} shards, all as they were written")
-    return 1 if faults else 0
+    return 1 if failed else 0
 
 
 def main(args):
