@@ -1,7 +1,4 @@
-"""Which pictures a training step takes, and its random numbers: functions of seed and step alone.
-
-So a run that was killed goes on where it was, and N processes share the steps of one.
-"""
+"""Which pictures a training step takes, and its random numbers: functions of seed and step alone, so that any run can go on."""
 
 import hashlib
 import signal
@@ -28,9 +25,6 @@ class Batches:
         if batch % (world * accumulate):
             got = f"{batch} and {world} x {accumulate}"
             raise ValueError(f"expected --batch to be a multiple of processes x --accumulate, got {got}: change it")
-
-    def __len__(self):
-        return len(self.steps) * self.accumulate
 
     def __iter__(self):
         for step in self.steps:
