@@ -74,7 +74,7 @@ from tqdm import tqdm
 import sgcl
 from plumbing import devices, runs
 from plumbing.batches import Batches, generator, loader
-from plumbing.presets import load_config, locate, newest_checkpoint
+from plumbing.presets import load_config, locate
 from plumbing.published import load_lpips
 from plumbing.shards import CacheDataset
 from student import Student, decode
@@ -145,7 +145,7 @@ def initial_student(args, meta):
     """Stage A starts from the published weights of the cache's preset, Stage B from Stage A's EMA weights."""
     torch.manual_seed(args.seed)  # fresh layers: the same in every process
     if args.stage == "B":
-        runs.check_init(load_config(newest_checkpoint(args.init)), args, meta)
+        runs.check_init(load_config(args.init), args, meta)
         return Student.load(args.init)
     config = load_config(meta["preset"])
     return Student.from_published(config | {k: v for k in ("adapter", "entry") if (v := getattr(args, k))})
@@ -181,9 +181,12 @@ class Run:
         gpu = self.device.type == "cuda"
         args.precision = ("bf16" if gpu else "fp32") if args.precision == "auto" else args.precision
         args.lr = self.student.config["lr"] if args.lr is None else args.lr
+        self.settings = runs.settings(args, self.student.config, self.data.meta)
         self.trained = self.student.set_stage(args.stage)  # {name: parameter}; all else is frozen
-        if args.checkpointing:
-            recompute(self.student)
+        if args.checkpointing:  # the backward pass computes the activations again
+            for part in (self.student.unet, self.student.spatial_encoder, self.student.vae):
+                if part._supports_gradient_checkpointing:  # all but the tiny preset's autoencoder
+                    part.enable_gradient_checkpointing()
         self.ema = {name: p.detach().clone() for name, p in self.trained.items()}
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=args.lr, weight_decay=5e-5, fused=gpu)
         self.one_step = OneStep(self.student)
@@ -191,13 +194,6 @@ class Run:
     def autocast(self):
         """Matrix products and convolutions in bf16 (Sec. 4), or nothing. Weights, latents, losses and EMA stay float32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16")
-
-
-def recompute(student):
-    """Gradient checkpointing: UNet, spatial encoder and VAE recompute their activations in the backward pass."""
-    for part in (student.unet, student.spatial_encoder, student.vae):
-        if part._supports_gradient_checkpointing:  # all but the tiny preset's autoencoder
-            part.enable_gradient_checkpointing()
 
 
 # --- Sec. 4, the training step ------------------------------------------------------------------------------------------
@@ -271,8 +267,7 @@ def save(run, step):
         runs.save_training(folder / "training.safetensors", run.trained, run.optimizer)
         with runs.averaged(run.trained, run.ema), run.autocast():
             runs.grid(run.args.out / "grid.png", run.data, lambda y: run.student(y.to(run.device)))
-            settings = runs.settings(run.args, run.student.config, run.data.meta)
-            run.student.save(folder, **settings, step=step, torch=torch.__version__)
+            run.student.save(folder, **run.settings, step=step, torch=torch.__version__)
 
     if not run.rank:
         runs.write(run.args.out, step, fill)
@@ -283,7 +278,7 @@ def resume(run):
     folder = runs.newest(run.args.out, run.args.resume)
     if folder is None:
         return 0
-    runs.check_settings(folder, runs.settings(run.args, run.student.config, run.data.meta))
+    runs.check_settings(folder, run.settings)
     run.student.load_trained(folder)
     run.ema = {name: p.detach().clone() for name, p in run.trained.items()}
     step = run.student.config["step"]
@@ -294,10 +289,10 @@ def resume(run):
 def train(args):
     """The whole of a run on one process."""
     run = Run(args)
-    devices.join(run.device)
     with runs.alone(args.out, run.rank):
         first = resume(run)
         if run.world > 1:
+            devices.join(run.device)
             run.one_step = DistributedDataParallel(run.one_step)
         if first and first >= args.steps and not run.rank:
             commands.say(f"{args.out} is finished at step {first}: nothing to do")

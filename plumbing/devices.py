@@ -41,13 +41,9 @@ def precision_of(name, device, parameters):
     """The precision, "fp32" or "bf16". "auto": bf16 on a CUDA GPU, and on a CPU with AMX for a network of LARGE or more."""
     if name != "auto":
         return name
-    return "bf16" if device.type == "cuda" or (device.type == "cpu" and parameters >= LARGE and has_amx()) else "fp32"
-
-
-def has_amx():
-    """Whether the CPU multiplies matrices in bf16 (Intel's AMX); known on Linux alone."""
-    flags = Path("/proc/cpuinfo")
-    return flags.is_file() and "amx_bf16" in flags.read_text()
+    cpu = Path("/proc/cpuinfo")  # on Linux alone
+    amx = cpu.is_file() and "amx_bf16" in cpu.read_text()  # Intel's matrix products in bf16
+    return "bf16" if device.type == "cuda" or (device.type == "cpu" and parameters >= LARGE and amx) else "fp32"
 
 
 def prepare(network, device, precision="auto"):
@@ -97,9 +93,8 @@ def workers_for(network, device):
 
 
 def join(device):
-    """Makes this process one of torchrun's; alone, it does nothing."""
-    if processes()[1] > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    """Makes this process one of torchrun's."""
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
 def leave():

@@ -1,8 +1,7 @@
 """The folder of a training run, safe against being killed: checkpoints, log, sample grid, and what must not change.
 
-step-NNNNNN/ folders are each whole or absent: written under a temporary name, flushed to the disk, renamed. They hold what
-Student.save writes (the EMA weights), and training.safetensors: the raw weights and AdamW's two moments. All else that a run
-needs to go on (batches, learning rate, random numbers) is a function of step and seed. log.jsonl has a line a logged step.
+step-NNNNNN/, whole or absent, holds what Student.save writes (the EMA weights), and training.safetensors: the raw weights and
+AdamW's two moments. All else that a run needs to go on (batches, learning rate, random numbers) follows from step and seed.
 """
 
 import contextlib
@@ -63,7 +62,7 @@ def check_init(config, args, meta):
     if config["preset"] != meta["preset"]:
         raise ValueError(f"expected a cache of preset {config['preset']!r}, --init's, got {meta['preset']!r}: make one")
     for name in ("adapter", "entry"):
-        given, there = getattr(args, name), config.get(name, "clean")
+        given, there = getattr(args, name), config[name]
         if given not in (None, there):
             raise ValueError(f"expected --{name} {there}, that of {args.init}; got {given}: leave it out")
 
@@ -81,20 +80,17 @@ def check_networks(cache, meta, **networks):
 @contextlib.contextmanager
 def alone(out, rank):
     """Inside, no other training writes into the folder out; ValueError where one does. The lock ends with the process."""
-    if rank or not fcntl:  # rank 0 locks it for all processes of a training
+    with contextlib.ExitStack() as stack:
+        if fcntl and not rank:  # rank 0 locks it for all processes of a training
+            handle = os.open(files.make_folder(out), os.O_RDONLY)
+            stack.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another process is training into {out}: wait for it, or change --out") from None
+            except OSError:  # as on some network disks
+                pass
         yield
-        return
-    handle = os.open(files.make_folder(out), os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is training into {out}: wait for it, or give another --out") from None
-        except OSError:  # as on some network disks
-            pass
-        yield
-    finally:
-        os.close(handle)
 
 
 def write(out, step, fill, keep=2):
