@@ -18,8 +18,11 @@ def plan(images, out=None, compare=False, overwrite=False):
     too. ValueError if out cannot be what it should be: a folder, or a picture file for a single picture.
     """
     pairs, errors = pairs_of(images, out, "_restored.png", lambda found: without_results(found, beside=out is None))
-    if out is not None and names_a_file(out, len(pairs) + len(errors)):
-        pairs, overwrite = [(path, out) for path, _ in pairs], True
+    if out is not None and not out.is_dir() and (out.exists() or out.suffix.lower() in {*READ, *NEEDS, ".gif"}):
+        if out.suffix.lower() not in SUFFIXES or len(pairs) + len(errors) != 1:
+            need = f"expected a folder, or for one input a picture ({', '.join(SUFFIXES)})"
+            raise ValueError(f"{need}, got -o {out}: name a folder or choose another suffix")
+        pairs, overwrite = [(path, out) for path, _ in pairs], True  # OUT is a file, and named on purpose
     return without_clashes(pairs, errors, compare, overwrite)
 
 
@@ -65,17 +68,6 @@ def without_results(paths, beside):
     return good
 
 
-def names_a_file(out, inputs):
-    """Whether -o OUT is a picture's name, and no folder. ValueError if it can be neither."""
-    suffix = out.suffix.lower()
-    if out.is_dir() or not (suffix in {*READ, *NEEDS, ".gif"} or out.exists()):
-        return False
-    if suffix not in SUFFIXES or inputs != 1:
-        need = f"expected a folder, or for one input a picture ({', '.join(SUFFIXES)})"
-        raise ValueError(f"{need}, got -o {out}: name a folder or choose another suffix")
-    return True
-
-
 def without_clashes(pairs, errors, compare=False, overwrite=True):
     """The pairs whose output is theirs alone; the others are added to the errors."""
     inputs, outputs, good = {same_name(path) for path, _ in pairs}, {}, []
@@ -103,13 +95,12 @@ def compare_name(target):
 
 
 def plan_faces(photos, out):
-    """Where the faces of photos are written: ({photo: path without number and suffix}, [what is wrong with others, ...]).
+    """As plan_copies, for the faces of photos, without the number and the suffix of their names.
 
-    Keeps the folders' structure. ValueError if `out` holds a photo, since a second run would take its faces for photos.
+    ValueError if `out` holds a photo, since a second run would take its faces for photos.
     """
     pairs, errors = pairs_of(photos, out, ending="")
     for path, _ in pairs:
         if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(out)):
             raise ValueError(f"expected a folder for faces alone, got -o {out}, which holds {path}: name another")
-    good, errors = without_clashes(pairs, errors)
-    return dict(good), errors
+    return without_clashes(pairs, errors)
