@@ -1,13 +1,12 @@
 """Which picture is written where, so that no output is an input, the output of two, or somebody else's file."""
 
 import os
+import re
 from pathlib import Path
 
 from plumbing.commands import complain
 from plumbing.files import NEEDS, READ, SUFFIXES, find_images, same_name
 from plumbing.metadata import is_result
-
-RESULTS = ("_restored", "_compare")
 
 
 def plan(images, out=None, compare=False, overwrite=False):
@@ -59,9 +58,9 @@ def without_results(paths, beside):
     sources = {same_name(path.with_suffix("")) for path in paths}
     good = []
     for path in paths:
-        stem = next((path.stem.removesuffix(end) for end in RESULTS if path.stem.endswith(end)), None)
-        ours = stem is not None and is_result(path)
-        if stem is None or not (ours or same_name(path.with_name(stem)) in sources):
+        stem = re.sub(r"_(restored|compare)\Z", "", path.stem)
+        ours = stem != path.stem and is_result(path)
+        if stem == path.stem or not (ours or same_name(path.parent / stem) in sources):
             good.append(path)
         elif not (ours or beside):
             complain(f"{path} is named like a result: not restored")
