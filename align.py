@@ -192,9 +192,9 @@ def is_aligned(photo):
 def cut_photos(args):
     """Cuts the faces out of the photos that the arguments name; returns 0, or 1 if some photos failed or show no face."""
     find = face_finder(args.landmarks)
-    names, errors = plan_faces(args.photos, make_folder(args.out))
+    pairs, errors = plan_faces(args.photos, make_folder(args.out))
     rows, failed = [], sum(map(commands.complain, errors))
-    for path, name in names.items():
+    for path, name in pairs:
         try:
             with commands.enough_memory(path, "make it smaller"):
                 rows += cut(path, name, args.size, find)

@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 
 from plumbing import commands, presets
-from plumbing.commands import complain, enough_memory, say, whole
 
 
 def parse_args(argv=None):
@@ -26,8 +25,8 @@ def parse_args(argv=None):
     how = p.add_mutually_exclusive_group()
     how.add_argument("--ranges", choices=presets.RANGES, default="difface", help="draw them (default difface)")
     how.add_argument("--level", choices=presets.LEVELS, help="fixed parameters instead of drawn ones")
-    p.add_argument("--size", type=whole(16, 8192), metavar="N", help="first crop to a square of N px")
-    p.add_argument("--seed", type=whole(0), default=0, help="seed of parameters and noise (default 0)")
+    p.add_argument("--size", type=commands.whole(16, 8192), metavar="N", help="first crop to a square of N px")
+    p.add_argument("--seed", type=commands.whole(0), default=0, help="seed of parameters and noise (default 0)")
     return p.parse_args(argv)
 
 
@@ -85,8 +84,7 @@ def gaussian_kernel(size, sigma_x, sigma_y, theta):
 
 def _gaussian_kernel(size, sigma_x, sigma_y, theta):
     if size < 1 or size % 2 == 0 or not min(sigma_x, sigma_y) > 0:
-        got = f"{size}, {sigma_x}, {sigma_y}"
-        raise ValueError(f"expected an odd size and sigmas > 0, got {got}: use size + 1, sigma 0.1")
+        raise ValueError(f"expected odd size, sigmas > 0, got {size}, {sigma_x}, {sigma_y}: use size + 1, sigma 0.1")
     y, x = np.mgrid[:size, :size] - size // 2
     u = (x * math.cos(theta) + y * math.sin(theta)) / sigma_x
     v = (y * math.cos(theta) - x * math.sin(theta)) / sigma_y
@@ -249,22 +247,22 @@ EVALUATION = 2**32 - 1
 def work(args):
     """Writes a degraded copy of each picture, and prints its parameters. Returns the exit code."""
     pairs, errors = plan_copies(args.images, args.out)
-    failed = int(any(map(complain, errors)))
+    failed = sum(map(commands.complain, errors))
     for i, (path, target) in enumerate(pairs):
         try:
-            with enough_memory(path, "make it smaller, or use --size"):
+            with commands.enough_memory(path, "make it smaller, or use --size"):
                 x = read_image(path)
                 x = x if args.size is None else square(x, args.size)
                 size, rng = min(x.shape[1:]), np.random.default_rng((args.seed, i, EVALUATION))
                 params = level(args.level, size, args.seed) if args.level else sample(rng, args.ranges, size)
                 y = apply(x, params)
         except (ValueError, OSError) as e:
-            failed = complain(e)
+            failed += commands.complain(e)
             continue
         make_folder(target.parent)
         write_image(target, y)
-        say(f"{target}  {params}")
-    return failed
+        commands.say(f"{target}  {params}")
+    return 1 if failed else 0
 
 
 def main(args):

@@ -67,11 +67,9 @@ def parse_args(argv=None):
         c.add_argument("--reference", metavar="DIR", help="what fid, kid and precision compare with (default: the originals)")
     for c, steps in ((quality, [1, 5, 25]), (report, [25]), (speed, [1, 5, 25])):
         c.add_argument("--steps", type=whole(), nargs="+", default=steps, metavar="K", help="teacher's Euler steps")
-        c.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="as restore.py's")
     ablation.add_argument("--cache", required=True, metavar="DIR", help="cache to train on, from cache.py")
     ablation.add_argument("--steps", type=whole(), required=True, metavar="N", help="training steps a stage")
     ablation.add_argument("--batch", type=whole(), default=16, help="train.py's (default 16)")
-    ablation.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="train.py's (default auto)")
     ablation.add_argument("--seeds", type=SEED, nargs="+", default=[0, 1], help="training seeds (default 0 1)")
     speed.add_argument("--checkpoint", default="tiny", metavar="tiny|DIR", help="the student (default tiny)")
     speed.add_argument("--random-weights", choices=("paper",), help="a preset's sizes with random weights instead")
@@ -85,7 +83,8 @@ def parse_args(argv=None):
     cost.add_argument("--pue", type=real, default=1.1, help="power usage effectiveness (default 1.1)")
     cost.add_argument("--intensity", type=real, default=0.385, metavar="KG", help="CO2eq a kWh (default 0.385)")
     for c in (quality, ablation, speed, report):
-        where = "file.html" if c is report else "folder for the tables"
+        script, where = "train" if c is ablation else "restore", "file.html" if c is report else "folder for the tables"
+        c.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=f"{script}.py's (default auto)")
         c.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: a GPU if any")
         c.add_argument("--out", type=Path, required=c is not speed, help=where)
     figures.add_argument("--quality", type=Path, metavar="CSV", help="for the plane of Fig. 1b (default: docs/data's)")

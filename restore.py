@@ -96,7 +96,8 @@ def wavelet_color_fix(content, style):
     The detail bands of an a-trous wavelet sum up to x - low_pass(x), and low_pass is linear. Source: StableSR's
     wavelet colour correction, which InterLCM uses. ValueError if the shapes differ.
     """
-    return content + low_pass(same_shape(content, style) - content)
+    check_shapes(content, style)
+    return content + low_pass(style - content)
 
 
 def adain_color_fix(content, style, eps=1e-5):
@@ -105,20 +106,14 @@ def adain_color_fix(content, style, eps=1e-5):
     Adaptive instance normalisation (Huang and Belongie 2017, Eq. 8); eps is added to the unbiased variances.
     ValueError if the shapes differ.
     """
-    (mu_c, std_c), (mu_s, std_s) = (moments(x, eps) for x in (content, same_shape(content, style)))
-    return (content - mu_c) / std_c * std_s + mu_s
+    check_shapes(content, style)
+    (var_c, mu_c), (var_s, mu_s) = (torch.var_mean(x, dim=(2, 3), keepdim=True) for x in (content, style))
+    return (content - mu_c) / (var_c + eps).sqrt() * (var_s + eps).sqrt() + mu_s  # mu, var: (B, 3, 1, 1)
 
 
-def moments(x, eps):
-    var, mu = torch.var_mean(x, dim=(2, 3), keepdim=True)  # (B, 3, 1, 1) each
-    return mu, (var + eps).sqrt()
-
-
-def same_shape(content, style):
+def check_shapes(content, style):
     if content.shape != style.shape:
-        shapes = f"{tuple(content.shape)} and {tuple(style.shape)}"
-        raise ValueError(f"expected two pictures of one shape, got {shapes}: resize one")
-    return style
+        raise ValueError(f"expected one shape, got {tuple(content.shape)} and {tuple(style.shape)}: resize one")
 
 
 COLOR_FIXES = {"wavelet": wavelet_color_fix, "adain": adain_color_fix, "none": lambda content, style: content}
@@ -206,8 +201,7 @@ def restore_files(args):
             if not job.error:
                 commands.say(job.line)
         for error in dict.fromkeys(job.error for job in some if job.error):  # once for a batch that failed as one
-            commands.complain(error)
-        failed += sum(job.error is not None for job in some)
+            failed += commands.complain(error)
     return 1 if failed else 0
 
 
@@ -238,8 +232,7 @@ def restore_faces(jobs, find, in_place):
         with trying([job], "make it smaller, or leave out --upscale"):
             squares = [square(points) for points, _ in faces_of(job.path, job.picture.x, find, TOO_SMALL)]
             job.x_hat = in_place(job.picture.x, squares)
-            seconds = time.perf_counter() - begin
-            job.line = f"{job.path} -> {job.target}, faces: {len(squares)}, {seconds:.1f} s"
+            job.line = f"{job.path} -> {job.target}, faces: {len(squares)}, {time.perf_counter() - begin:.1f} s"
             if not squares:
                 raise ValueError(f"expected a face to restore, found none in {job.path}: {job.target} is a copy")
 

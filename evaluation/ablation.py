@@ -97,10 +97,8 @@ def train(folder, steps, cache, options, init=()):
     wanted, note = {"steps": steps, "options": list(map(str, options)), **sources(cache)}, folder / "trained.json"
     if note.is_file():
         before = json.loads(note.read_text())
-        if differ := [f"{key} {before.get(key)} (now {v})" for key, v in wanted.items() if before.get(key) != v]:
-            raise ValueError(
-                f"expected in {folder} a run of these options, got another: {', '.join(differ)}: delete it"
-            )
+        if differ := ", ".join(f"{k} {before.get(k)} (now {v})" for k, v in wanted.items() if before.get(k) != v):
+            raise ValueError(f"expected in {folder} a run of these options, got another: {differ}: delete it")
         newest_checkpoint(folder)
         return
     command = [sys.executable, ROOT / "train.py", "--out", folder, "--steps", steps, "--cache", cache, *options, *init]

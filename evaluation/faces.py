@@ -45,8 +45,8 @@ def degraded(found, size, level="default", ranges="difface", seed=0):
     """
     for i, name, path in tqdm(found, desc=level, disable=None):
         x = pictures.square(pictures.read_image(path), size)
-        params = degrade.level(level, size, seed + i) if level != "default" else None
-        params = params or degrade.sample(np.random.default_rng((seed, i, degrade.EVALUATION)), ranges, size)
+        rng = np.random.default_rng((seed, i, degrade.EVALUATION))
+        params = degrade.sample(rng, ranges, size) if level == "default" else degrade.level(level, size, seed + i)
         x = degrade.to_gray(x) if params.gray else x  # a gray copy has a gray original
         yield Face(name, seed + i, x, degrade.apply(x, params))
 
@@ -64,27 +64,25 @@ def find_pairs(lq, hq=None, restored=(), limit=None):
     folders = [lq, *([hq] if hq else []), *restored]
     files = [by_name(folder, results=k >= len(folders) - len(restored)) for k, folder in enumerate(folders)]
     names = list(files[0])[:limit] if limit else dict.fromkeys(name for own in files for name in own)
-    good, failed = [], 0
+    good = []
     for i, name in enumerate(names):
         paths = [own.get(name) for own in files]
         if None in paths:
             lacking = ", ".join(str(folder) for folder, path in zip(folders, paths, strict=True) if path is None)
-            failed += complain(f"expected a picture {name} in each folder, got none in {lacking}: left out")
+            complain(f"expected a picture {name} in each folder, got none in {lacking}: left out")
         elif all([readable(path) for path in paths]):
             good.append((i, relative(paths[0], lq), paths))
-        else:
-            failed += 1
     if not good:
-        names = " and ".join(map(str, folders))
-        raise ValueError(f"expected pictures of the same names in {names}, got none: check the folders")
-    return good, failed
+        where = " and ".join(map(str, folders))
+        raise ValueError(f"expected pictures of the same names in {where}, got none: check the folders")
+    return good, len(names) - len(good)
 
 
 def by_name(folder, results):
     """{path in the folder without suffix: path} of its pictures: of the results in it, or of the others."""
     found, files, restored = find_images([folder]), {}, {}
     for path in found if results else without_results(found, beside=True):
-        name = str(Path(relative(path, folder)).with_suffix(""))
+        name = relative(path.with_suffix(""), folder)
         if results and name.endswith("_restored"):
             restored[name.removesuffix("_restored")] = path
         elif name in files:

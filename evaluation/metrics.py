@@ -8,7 +8,6 @@ PMRF's own script, from which Tab. 2 seems to come, has the same PSNR, SSIM and 
 Usage: psnr(x_hat, x), ssim(x_hat, x), mean_interval(psnr(x_hat, x))
 """
 
-import collections
 import importlib.util
 import pickle
 from functools import partial
@@ -145,20 +144,20 @@ def set_metrics(folder, reference, wanted, device, cache):
     is no picture, or the pictures of a folder have several sizes: both would end in the package's own errors.
     """
     keys = {"fid": "frechet_inception_distance", "kid": "kernel_inception_distance_mean", "precision": "precision"}
-    asked = {"fid": "fid" in wanted, "kid": "kid" in wanted, "prc": "precision" in wanted}
     counts = [count_of_one_size(f) for f in (folder, reference)]
-    options = dict(samples_find_deep=True, samples_find_ext=",".join(suffix[1:] for suffix in READ))
-    options |= dict(input2_cache_name="reference", cache_root=str(cache), kid_subset_size=min(1000, *counts))
-    options |= dict(cuda=device.type == "cuda", verbose=False)
     fidelity = optional("torch_fidelity", ", ".join(SETS), "0.4")  # before, the second was what was generated
-    values = fidelity.calculate_metrics(input1=str(folder), input2=str(reference), **options, **asked)
+    values = fidelity.calculate_metrics(
+        input1=str(folder), input2=str(reference), fid="fid" in wanted, kid="kid" in wanted, prc="precision" in wanted,
+        samples_find_deep=True, samples_find_ext=",".join(suffix[1:] for suffix in READ), kid_subset_size=min(1000, *counts),
+        input2_cache_name="reference", cache_root=str(cache), cuda=device.type == "cuda", verbose=False,
+    )  # fmt: skip
     return {name: float(values[key]) for name, key in keys.items() if name in wanted}
 
 
 def count_of_one_size(folder):
     """The number of pictures in a folder. ValueError if there are none, or of more than one size."""
-    sizes = collections.Counter(Image.open(path).size for path in find_images([folder]))
-    if len(sizes) != 1:
-        got = " and ".join(f"{w}x{h}" for w, h in list(sizes)[:2]) or "none"
+    sizes = [Image.open(path).size for path in find_images([folder])]
+    if len(set(sizes)) != 1:
+        got = " and ".join(f"{w}x{h}" for w, h in list(dict.fromkeys(sizes))[:2]) or "none"
         raise ValueError(f"expected pictures of one size in {folder} for {', '.join(SETS)}, got {got}: resize them")
-    return sizes.total()
+    return len(sizes)

@@ -109,6 +109,7 @@ class Measures:
         """
         lines = []
         with tempfile.TemporaryDirectory(prefix=".pictures_", dir=out) as scratch:
+            folders = {row: Path(scratch, row.replace("/", "_")) for row in ("original", *rows)}
             for i, face in enumerate(faces):
                 kept = {} if self.reference else {"original": face.x}
                 for row, method in rows.items():
@@ -119,17 +120,13 @@ class Measures:
                     values = self.picture(kept[row], face.x)
                     lines.append({"method": row, "face": face.name, **values, "ms": round(ms, 3)})
                 for row, x in kept.items() if self.sets else ():
-                    pictures.write_image(make_folder(folder_of(scratch, row)) / f"{i:05d}.png", x)
-            compared = (self.reference or folder_of(scratch, "original"), self.sets, self.device, scratch)
-            return lines, {row: set_metrics(folder_of(scratch, row), *compared) if self.sets else {} for row in rows}
+                    pictures.write_image(make_folder(folders[row]) / f"{i:05d}.png", x)
+            compared = (self.reference or folders["original"], self.sets, self.device, scratch)
+            return lines, {row: set_metrics(folders[row], *compared) if self.sets else {} for row in rows}
 
     def note(self):
         """What the measures of sets compare with, for a table's heading."""
         return f"; {', '.join(self.sets)} against {self.reference or 'these originals'}" if self.sets else ""
-
-
-def folder_of(scratch, row):
-    return Path(scratch) / row.replace("/", "_")
 
 
 @torch.inference_mode()

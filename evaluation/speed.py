@@ -27,10 +27,8 @@ from student import Student, decode, encode
 from teacher import PMRF
 
 PAPER = 7.5  # times the student's: PMRF's 25 steps in Tab. 1
-attention_for_cpu = (
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-)  # torch's counter knows those of GPUs alone
-COUNTED = {attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
+attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch's counter knows those of GPUs alone
+COUNTED = {attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
 GRAPH, COMPILED = "replayed as a CUDA graph", "compiled"
 
 
@@ -47,8 +45,7 @@ def methods(student, teacher, y, steps, one_step):
     if one_step:
         return rows | {"one Euler step": lambda: teacher.velocity(y, 0.0)}
     for k in steps:
-        row = f"teacher, {k} step{'s' * (k > 1)}"
-        rows[row] = lambda k=k: teacher.transport(teacher.posterior_mean(y), eps, k)
+        rows[f"teacher, {k} step{'s' * (k > 1)}"] = lambda k=k: teacher.transport(teacher.posterior_mean(y), eps, k)
     return rows
 
 
@@ -67,7 +64,7 @@ def parts(student, y):
     }
 
 
-def pipeline(student, y, steps=(1, 4)):
+def pipeline(student, y):
     """{row: function}: diffusers' ControlNet pipeline with its LCM scheduler, from the student's own networks.
 
     It starts from noise and sees y through the ControlNet alone: no VAE encoder, no CLIP, no DINOv2; its context is given. No
@@ -82,12 +79,10 @@ def pipeline(student, y, steps=(1, 4)):
         scheduler=LCMScheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
-    given = dict(image=y, guidance_scale=1.0, output_type="pt", generator=torch.Generator())
     with torch.inference_mode():
-        given["prompt_embeds"] = student.context(y)
-    return {
-        f"diffusers' pipeline, {k} step{'s' * (k > 1)}": partial(pipe, **given, num_inference_steps=k) for k in steps
-    }
+        c = student.context(y)
+    run = partial(pipe, image=y, prompt_embeds=c, guidance_scale=1.0, output_type="pt", generator=torch.Generator())
+    return {f"diffusers' pipeline, {k} step{'s' * (k > 1)}": partial(run, num_inference_steps=k) for k in (1, 4)}
 
 
 def peaks(device, dtype):
@@ -155,7 +150,7 @@ def notes(peak, first, steps, one_step):
 
 @torch.inference_mode()
 def measure(run, way, repeats, device, batch):
-    """A dict of tflop and ms a face, memory, and the seconds that the first run or the preparation took."""
+    """A dict of tflop and ms a face, memory, and the seconds that the preparation took."""
     with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
         run()
     synchronize(device)
@@ -234,7 +229,5 @@ def random_models(config, device):
             timm.create_model(entry["name"], num_classes=0, **{k: v for k, v in entry.items() if k != "name"})
             for entry in (config["clip"], config["dino"])
         )
-        alphas_bar = LCMScheduler().alphas_cumprod.tolist()
-        student = Student(config | {"lcm_lora": None}, vae, unet, clip, dino, alphas_bar)
-        teacher = PMRF(SwinIR(**SWINIR), HDiT(**HDIT))
-    return student.eval().requires_grad_(False), teacher.eval().requires_grad_(False)
+        student = Student(config, vae, unet, clip, dino, LCMScheduler().alphas_cumprod.tolist())
+        return student, PMRF(SwinIR(**SWINIR), HDiT(**HDIT)).eval()

@@ -128,12 +128,11 @@ run.entered = False
 def say(text):
     """Prints a line at once. Output that nobody reads, as after `| head -1` or `>&-`, is no failure."""
     try:
-        return print(text, flush=True)
-    except BrokenPipeError:
-        pass
-    except OSError as e:  # a full disk
-        complain(f"expected to print, got {e.strerror}: the lines end here, the work goes on")
-    sys.stdout = open(os.devnull, "w")  # Python would try to flush the rest at its end
+        print(text, flush=True)
+    except OSError as e:
+        if not isinstance(e, BrokenPipeError):  # a full disk
+            complain(f"expected to print, got {e.strerror}: the lines end here, the work goes on")
+        sys.stdout = open(os.devnull, "w")  # Python would try to flush the rest at its end
 
 
 def complain(error):

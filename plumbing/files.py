@@ -34,21 +34,16 @@ def find_images(paths):
     folders are followed, each folder once, and one line on stderr counts the other files by kind. FileNotFoundError for a
     path that does not exist, ValueError for a suffix outside READ, PermissionError for a folder that cannot be read.
     """
-    found = []
+    found = {}
     for path in [Path(paths)] if isinstance(paths, (str, os.PathLike)) else map(Path, paths):
-        if path.is_dir():
-            found += _search(path)
-        elif not path.exists():
+        if not path.exists():
             raise FileNotFoundError(f"expected a picture or a folder, got {path}, which does not exist: check the path")
-        elif path.suffix.lower() not in READ:
-            remedy = NEEDS.get(path.suffix.lower()) or "convert it or leave it out"
+        if not path.is_dir() and path.suffix.lower() not in READ:
+            remedy = NEEDS.get(path.suffix.lower(), "convert it or leave it out")
             raise ValueError(f"expected a picture ({', '.join(READ)}), got {path}: {remedy}")
-        else:
-            found.append(path)
-    once = {}
-    for path in found:
-        once.setdefault(os.path.realpath(path), path)
-    return list(once.values())
+        for picture in _search(path) if path.is_dir() else [path]:
+            found.setdefault(os.path.realpath(picture), picture)
+    return list(found.values())
 
 
 def _search(folder):
@@ -57,11 +52,10 @@ def _search(folder):
     for top in tops:
         for root, folders, names in os.walk(top, onerror=_unreadable):
             home = os.path.realpath(root)
-            visible = [] if home in seen else sorted(name for name in folders if not name.startswith("."))
+            folders[:] = [] if home in seen else sorted(name for name in folders if not name.startswith("."))
             names = [] if home in seen else [Path(root, name) for name in names if not name.startswith(".")]
             seen.add(home)
-            folders[:] = [name for name in visible if not os.path.islink(os.path.join(root, name))]
-            for link in (os.path.join(root, name) for name in visible if name not in folders):
+            for link in filter(os.path.islink, [os.path.join(root, name) for name in folders]):  # os.walk passes them
                 if Path(home).is_relative_to(os.path.realpath(link)):
                     _note(f"{link} leads back to a folder that holds it: not followed")
                 else:

@@ -89,11 +89,12 @@ def decode_picture(data, name, metadata="basic"):
 
 def _load(data, name):
     """A Pillow image, decoded. Where Pillow trips over what stands beside a PNG's pixels, it is read without that."""
-    for version in _versions(data):
+    tries = [None]  # which ancillary chunks are kept; None: all that there is
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        tries += [(b"tRNS", b"eXIf", b"iCCP"), (b"tRNS",)]
+    for kept in tries:
         try:
-            image = _open(version, name)
-            image.load()
-            return image
+            return _decoded(_bare_png(data, kept) if kept else data, name)
         except (Refused, MemoryError):
             raise
         except Exception as e:
@@ -101,14 +102,7 @@ def _load(data, name):
     raise fault
 
 
-def _versions(data):
-    yield data
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        yield _bare_png(data, (b"tRNS", b"eXIf", b"iCCP"))
-        yield _bare_png(data, (b"tRNS",))
-
-
-def _open(data, name):
+def _decoded(data, name):
     formats = FORMATS
     if data[4:8] == b"ftyp" and b"avif" not in data[8:64] and any(b in data[8:64] for b in (b"heic", b"heix", b"mif1")):
         try:
@@ -123,6 +117,7 @@ def _open(data, name):
         raise Refused(f"expected at most {MAX_PIXELS} pixels, got {width}x{height} in {name}: make it smaller first")
     if image.mode == "F" or (image.mode, image.format) == ("I", "TIFF"):
         raise Refused(f"expected 8 or 16 bits a channel, got 32 in {name}: convert it first")
+    image.load()
     return image
 
 

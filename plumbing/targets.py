@@ -1,13 +1,12 @@
 """Which picture is written where, so that no output is an input, the output of two, or somebody else's file."""
 
 import os
+import re
 from pathlib import Path
 
 from plumbing.commands import complain
 from plumbing.files import NEEDS, READ, SUFFIXES, find_images, same_name
 from plumbing.metadata import is_result
-
-RESULTS = ("_restored", "_compare")
 
 
 def plan(images, out=None, compare=False, overwrite=False):
@@ -18,8 +17,11 @@ def plan(images, out=None, compare=False, overwrite=False):
     too. ValueError if out cannot be what it should be: a folder, or a picture file for a single picture.
     """
     pairs, errors = pairs_of(images, out, "_restored.png", lambda found: without_results(found, beside=out is None))
-    if out is not None and names_a_file(out, len(pairs) + len(errors)):
-        pairs, overwrite = [(path, out) for path, _ in pairs], True
+    if out is not None and not out.is_dir() and (out.exists() or out.suffix.lower() in {*READ, *NEEDS, ".gif"}):
+        if out.suffix.lower() not in SUFFIXES or len(pairs) + len(errors) != 1:
+            need = f"expected a folder, or for one input a picture ({', '.join(SUFFIXES)})"
+            raise ValueError(f"{need}, got -o {out}: name a folder or choose another suffix")
+        pairs, overwrite = [(path, out) for path, _ in pairs], True  # OUT is a file, and named on purpose
     return without_clashes(pairs, errors, compare, overwrite)
 
 
@@ -56,24 +58,13 @@ def without_results(paths, beside):
     sources = {same_name(path.with_suffix("")) for path in paths}
     good = []
     for path in paths:
-        stem = next((path.stem.removesuffix(end) for end in RESULTS if path.stem.endswith(end)), None)
-        ours = stem is not None and is_result(path)
-        if stem is None or not (ours or same_name(path.with_name(stem)) in sources):
+        stem = re.sub(r"_(restored|compare)\Z", "", path.stem)
+        ours = stem != path.stem and is_result(path)
+        if stem == path.stem or not (ours or same_name(path.parent / stem) in sources):
             good.append(path)
         elif not (ours or beside):
             complain(f"{path} is named like a result: not restored")
     return good
-
-
-def names_a_file(out, inputs):
-    """Whether -o OUT is a picture's name, and no folder. ValueError if it can be neither."""
-    suffix = out.suffix.lower()
-    if out.is_dir() or not (suffix in {*READ, *NEEDS, ".gif"} or out.exists()):
-        return False
-    if suffix not in SUFFIXES or inputs != 1:
-        need = f"expected a folder, or for one input a picture ({', '.join(SUFFIXES)})"
-        raise ValueError(f"{need}, got -o {out}: name a folder or choose another suffix")
-    return True
 
 
 def without_clashes(pairs, errors, compare=False, overwrite=True):
@@ -103,13 +94,12 @@ def compare_name(target):
 
 
 def plan_faces(photos, out):
-    """Where the faces of photos are written: ({photo: path without number and suffix}, [what is wrong with others, ...]).
+    """As plan_copies, for the faces of photos, without the number and the suffix of their names.
 
-    Keeps the folders' structure. ValueError if `out` holds a photo, since a second run would take its faces for photos.
+    ValueError if `out` holds a photo, since a second run would take its faces for photos.
     """
     pairs, errors = pairs_of(photos, out, ending="")
     for path, _ in pairs:
         if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(out)):
             raise ValueError(f"expected a folder for faces alone, got -o {out}, which holds {path}: name another")
-    good, errors = without_clashes(pairs, errors)
-    return dict(good), errors
+    return without_clashes(pairs, errors)
