@@ -243,10 +243,9 @@ class HDiT(nn.Module):
 
     def forward(self, x, t):
         """x: (B, C, H, W), t: (B,) in [0, 1] -> v (B, C', H, W). ValueError if tokens cannot be merged: resize x."""
-        cell = self.config["patch_size"] * 2 ** len(self.merges)
-        if x.ndim != 4 or x.shape[1] != self.config["in_channels"] or x.shape[2] % cell or x.shape[3] % cell:
-            want = f"(B, {self.config['in_channels']}, H, W), H and W multiples of {cell}"
-            raise ValueError(f"expected {want}, got {tuple(x.shape)}: resize first")
+        C, cell = self.config["in_channels"], self.config["patch_size"] * 2 ** len(self.merges)
+        if x.ndim != 4 or x.shape[1] != C or x.shape[2] % cell or x.shape[3] % cell:
+            raise ValueError(f"expected (B, {C}, H, W), sides multiples of {cell}, got {tuple(x.shape)}: resize first")
         dtype = self.time_in_proj.weight.dtype
         time = self.time_emb(t).to(dtype)
         aug = (torch.arange(time.shape[1], device=t.device) < time.shape[1] // 2).to(dtype)  # features of zeros

@@ -169,10 +169,7 @@ COMPUTED = re.compile(r"attn_mask|relative_position_index|pos_emb\.freqs|aug_emb
 
 
 def load_pmrf(name_or_folder):
-    """A hub id, a folder like one, or a Lightning .ckpt -> SwinIR and HDiT with their weights, {"sigma_s", "t_eps"}.
-
-    FileNotFoundError if nothing is there, ValueError if a file is cut, foreign or of another size.
-    """
+    """SwinIR and HDiT with their weights, and {"sigma_s", "t_eps"}: of what PMRF.from_pretrained takes, with its errors."""
     source = Path(name_or_folder)
     try:
         return build_pmrf(*(read_lightning(source) if source.suffix == ".ckpt" else read_repository(source)))
