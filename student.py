@@ -187,9 +187,8 @@ class Student(nn.Module):
         """
         folder = Path(folder)
         self.spatial_encoder.save_pretrained(folder / "spatial_encoder")
-        for name in ("visual_encoder", "adapter"):
-            tensors = {k: v.detach().contiguous() for k, v in getattr(self, name).state_dict().items()}
-            save_file(tensors, folder / f"{name}.safetensors")
+        save_file(self.visual_encoder.state_dict(), folder / "visual_encoder.safetensors")
+        save_file(self.adapter.state_dict(), folder / "adapter.safetensors")
         if self.has_lora:
             self.unet.save_pretrained(folder / "lora")
             (folder / "lora" / "README.md").unlink(missing_ok=True)  # peft's empty model card
@@ -219,18 +218,15 @@ class Student(nn.Module):
 
     def load_lora(self, folder, merge):
         """Reads the LoRA that peft wrote: merged, or as layers to train further. ValueError if it is for other layers."""
-        file, other = "adapter_model.safetensors", ValueError("lora/ is for other layers")
+        file, unet = "adapter_model.safetensors", self.unet.get_base_model() if self.has_lora else self.unet
+        layers = load_lora(folder, file, unet)
+        if layers.keys() != {name for name, _ in unet.named_modules() if re.fullmatch(LORA_TARGETS, name)}:
+            raise ValueError("lora/ is for other layers")
         if merge:
-            layers = load_lora(folder, file, self.unet)
-            if layers.keys() != {name for name, _ in self.unet.named_modules() if re.fullmatch(LORA_TARGETS, name)}:
-                raise other
-            merge_lora(self.unet, layers)
+            merge_lora(unet, layers)
             return
         import peft  # for training alone
 
         if not self.has_lora:
             self.add_lora()
-        lora = load_file(folder / file)
-        if lora.keys() != peft.get_peft_model_state_dict(self.unet).keys():
-            raise other
-        peft.set_peft_model_state_dict(self.unet, lora)
+        peft.set_peft_model_state_dict(self.unet, load_file(folder / file))

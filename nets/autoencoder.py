@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.controlnets.controlnet import zero_module
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
 
@@ -21,17 +22,10 @@ class ResBlock(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.GroupNorm(8, channels), nn.GroupNorm(8, channels)
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv2 = zero(nn.Conv2d(channels, channels, 3, padding=1))
+        self.conv2 = zero_module(nn.Conv2d(channels, channels, 3, padding=1))
 
     def forward(self, h):
         return h + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(h))))))
-
-
-def zero(layer):
-    """Sets a layer's weight and bias to zero, so that a branch that ends in it starts as "nothing added"."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
 
 
 class PCAAutoencoder(ModelMixin, ConfigMixin):
@@ -47,7 +41,7 @@ class PCAAutoencoder(ModelMixin, ConfigMixin):
         self.encoder = nn.Sequential(
             nn.PixelUnshuffle(4), nn.Conv2d(48, w32, 3, padding=1), *[ResBlock(w32) for _ in range(d32)],
             nn.Conv2d(w32, w16, 3, stride=2, padding=1), *[ResBlock(w16) for _ in range(d16)],
-            nn.SiLU(), zero(nn.Conv2d(w16, latent_channels, 3, padding=1)),
+            nn.SiLU(), zero_module(nn.Conv2d(w16, latent_channels, 3, padding=1)),
         )  # fmt: skip
         self.decoder = nn.Sequential(
             nn.Conv2d(latent_channels, w16, 3, padding=1), *[ResBlock(w16) for _ in range(d16)],
@@ -57,7 +51,7 @@ class PCAAutoencoder(ModelMixin, ConfigMixin):
         )  # fmt: skip
         # sees the linear picture too: it can smooth the seams of the 8 x 8 patches
         self.blend = nn.Conv2d(12 + 3, 16, 3, padding=1)
-        self.to_rgb = zero(nn.Conv2d(16, 3, 3, padding=1))
+        self.to_rgb = zero_module(nn.Conv2d(16, 3, 3, padding=1))
 
     def encode(self, x):
         """(B, 3, H, W) in [-1, 1] -> an output whose latent_dist.mode() is (B, C, H/8, W/8); the variance is zero."""

@@ -6,7 +6,9 @@ Letters: B pictures, h x w tokens of C channels, d channels a head. Tokens are k
 """
 
 import math
+from collections import OrderedDict
 from functools import lru_cache, partial
+from itertools import pairwise
 
 import torch
 import torch.nn as nn
@@ -34,8 +36,7 @@ def windows(length, kernel_size, tile, device):
 def tiles(B, H, W, kernel_size, device):
     """Both axes, in tiles: the tokens (B tiles, tokens) of the queries and of the keys, numbered through the batch, and who
     sees whom, (B tiles, 1, queries, keys)."""
-    q_h, k_h, seen_h = windows(H, kernel_size, min(TILE, H), device)
-    q_w, k_w, seen_w = windows(W, kernel_size, min(TILE, W), device)
+    (q_h, k_h, seen_h), (q_w, k_w, seen_w) = (windows(n, kernel_size, min(TILE, n), device) for n in (H, W))
 
     def tokens(rows, cols):
         token = (rows[:, None, :, None] * W + cols[:, None]).flatten(2).flatten(0, 1)  # (tiles, tokens)
@@ -153,7 +154,7 @@ class SelfAttention(nn.Module):
 class Level(nn.ModuleList):
     """Transformer layers of one width on one grid. x: (B, h, w, C), cond: (B, mapping_width) -> like x."""
 
-    def __init__(self, depth, width, d_head, cond_width, kernel_size):
+    def __init__(self, depth, width, kernel_size, d_head, cond_width):
         super().__init__()
         self.d_head = d_head
         for _ in range(depth):
@@ -222,23 +223,18 @@ class HDiT(nn.Module):
         self.config |= dict(mapping_width=mapping_width, mapping_depth=mapping_depth)
         if not len(widths) == len(depths) == len(kernel_sizes) or d_head % 8 or any(w % d_head for w in widths):
             raise ValueError(f"expected widths of whole heads, each with depth and kernel, got {self.config}")
-
-        def level(i):
-            return Level(depths[i], widths[i], d_head, mapping_width, kernel_sizes[i])
-
-        outer = range(len(widths) - 1)
+        level = partial(Level, d_head=d_head, cond_width=mapping_width)
+        *outer, middle = zip(depths, widths, kernel_sizes, strict=True)
         self.patch_in = TokenMerge(in_channels, widths[0], patch_size)
         self.time_emb = FourierFeatures(mapping_width)
         self.time_in_proj, self.aug_in_proj = (linear(mapping_width, mapping_width) for _ in range(2))
-        self.mapping = nn.Sequential()
-        self.mapping.in_norm = RMSNorm(mapping_width)
-        blocks = (FeedForward(mapping_width, RMSNorm(mapping_width)) for _ in range(mapping_depth))
-        self.mapping.blocks = nn.Sequential(*blocks)
-        self.mapping.out_norm = RMSNorm(mapping_width)
-        self.down_levels, self.up_levels = (nn.ModuleList(map(level, outer)) for _ in range(2))
-        self.mid_level = level(-1)
-        self.merges = nn.ModuleList(TokenMerge(widths[i], widths[i + 1]) for i in outer)
-        self.splits = nn.ModuleList(TokenSplit(widths[i + 1], widths[i]) for i in outer)
+        norm = partial(RMSNorm, mapping_width)
+        blocks = nn.Sequential(*(FeedForward(mapping_width, norm()) for _ in range(mapping_depth)))
+        self.mapping = nn.Sequential(OrderedDict(in_norm=norm(), blocks=blocks, out_norm=norm()))
+        self.down_levels, self.up_levels = (nn.ModuleList(level(*sizes) for sizes in outer) for _ in range(2))
+        self.mid_level = level(*middle)
+        self.merges = nn.ModuleList(TokenMerge(fine, coarse) for fine, coarse in pairwise(widths))
+        self.splits = nn.ModuleList(TokenSplit(coarse, fine) for fine, coarse in pairwise(widths))
         self.out_norm = RMSNorm(widths[0])
         self.patch_out = TokenSplit(widths[0], out_channels, patch_size, skip=False)
         for name, weight in self.named_parameters():  # at first v is 0, and no layer adds anything
@@ -247,10 +243,9 @@ class HDiT(nn.Module):
 
     def forward(self, x, t):
         """x: (B, C, H, W), t: (B,) in [0, 1] -> v (B, C', H, W). ValueError if tokens cannot be merged: resize x."""
-        cell = self.config["patch_size"] * 2 ** len(self.merges)
-        if x.ndim != 4 or x.shape[1] != self.config["in_channels"] or x.shape[2] % cell or x.shape[3] % cell:
-            want = f"(B, {self.config['in_channels']}, H, W), H and W multiples of {cell}"
-            raise ValueError(f"expected {want}, got {tuple(x.shape)}: resize first")
+        C, cell = self.config["in_channels"], self.config["patch_size"] * 2 ** len(self.merges)
+        if x.ndim != 4 or x.shape[1] != C or x.shape[2] % cell or x.shape[3] % cell:
+            raise ValueError(f"expected (B, {C}, H, W), sides multiples of {cell}, got {tuple(x.shape)}: resize first")
         dtype = self.time_in_proj.weight.dtype
         time = self.time_emb(t).to(dtype)
         aug = (torch.arange(time.shape[1], device=t.device) < time.shape[1] // 2).to(dtype)  # features of zeros

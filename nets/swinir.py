@@ -6,13 +6,14 @@ clipped. Letters: B pictures, h x w tokens of C channels, d channels a head.
 """
 
 from collections import OrderedDict
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 WINDOW = 8  # tokens a side of a window, and pixels a side of a token
+conv3 = partial(nn.Conv2d, kernel_size=3, padding=1)
 
 
 @cache
@@ -38,8 +39,7 @@ class WindowAttention(nn.Module):
         """x: (B, windows, 64, C). mask: (windows, 1, 64, 64), added to the scores, or 0."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5)  # (B, windows, heads, 64, d)
         bias = self.relative_position_bias_table[relative_position(x.device)].permute(2, 0, 1)  # (heads, 64, 64)
-        bias = bias + mask  # ([windows,] heads, 64, 64)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=(bias + mask).to(q.dtype))
         return self.proj(x.transpose(2, 3).flatten(3))
 
 
@@ -71,7 +71,7 @@ class SwinLayer(nn.Module):
         super().__init__()
         blocks = nn.ModuleList(SwinBlock(dim, heads, WINDOW // 2 * (i % 2)) for i in range(depth))
         self.residual_group = nn.ModuleDict({"blocks": blocks})
-        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
+        self.conv = conv3(dim, dim)
 
     def forward(self, x, mask):
         z = x
@@ -84,9 +84,8 @@ class SwinLayer(nn.Module):
 @torch.inference_mode(False)
 def shifted_window_mask(h, w, device):
     """(windows, 64, 64): -100 between tokens that only the cyclic shift by half a window has put together, else 0."""
-    rows, cols = (torch.arange(n, device=device) for n in (h, w))
-    # 0: whole windows, 1: the last one, 2: its half that came round from the other side
-    region_h, region_w = ((i >= len(i) - WINDOW).long() + (i >= len(i) - WINDOW // 2) for i in (rows, cols))
+    # -3: whole windows, -2: the last one, -1: its half that came round from the other side
+    region_h, region_w = ((torch.arange(-n, 0, device=device) // (WINDOW // 2)).clamp_min(-3) for n in (h, w))
     region = (3 * region_h[:, None] + region_w).view(h // WINDOW, WINDOW, w // WINDOW, WINDOW)
     region = region.transpose(1, 2).reshape(-1, WINDOW**2)
     return -100.0 * (region[:, None] != region[:, :, None])
@@ -106,29 +105,24 @@ class SwinIR(nn.Module):
         self.config = dict(embed_dim=embed_dim, depths=list(depths), num_heads=list(num_heads), num_feat=num_feat)
         if len(depths) != len(num_heads) or any(embed_dim % n for n in num_heads):
             raise ValueError(f"expected heads for each layer that divide embed_dim, got {self.config}")
-
-        def conv(n_in, n_out):
-            return nn.Conv2d(n_in, n_out, 3, padding=1)
-
-        self.conv_first = nn.Sequential(nn.PixelUnshuffle(WINDOW), conv(3 * WINDOW**2, embed_dim))
+        self.conv_first = nn.Sequential(nn.PixelUnshuffle(WINDOW), conv3(3 * WINDOW**2, embed_dim))
         self.patch_embed = nn.ModuleDict({"norm": nn.LayerNorm(embed_dim)})
         self.layers = nn.ModuleList(SwinLayer(embed_dim, *dh) for dh in zip(depths, num_heads, strict=True))
         self.norm = nn.LayerNorm(embed_dim) if num_feat else nn.Identity()
-        self.conv_after_body = conv(embed_dim, embed_dim)
+        self.conv_after_body = conv3(embed_dim, embed_dim)
         if num_feat:
-            self.conv_before_upsample = nn.Sequential(conv(embed_dim, num_feat), nn.LeakyReLU(0.01))
-            self.conv_up1, self.conv_up2, self.conv_up3, self.conv_hr = (conv(num_feat, num_feat) for _ in range(4))
-            self.conv_last = conv(num_feat, 3)
+            self.conv_before_upsample = nn.Sequential(conv3(embed_dim, num_feat), nn.LeakyReLU(0.01))
+            self.conv_up1, self.conv_up2, self.conv_up3, self.conv_hr = (conv3(num_feat, num_feat) for _ in range(4))
+            self.conv_last = conv3(num_feat, 3)
         else:
-            self.upsample = nn.Sequential(conv(embed_dim, 3 * WINDOW**2), nn.PixelShuffle(WINDOW))
-            nn.init.zeros_(self.upsample[0].weight)
-            nn.init.zeros_(self.upsample[0].bias)
+            self.upsample = nn.Sequential(conv3(embed_dim, 3 * WINDOW**2), nn.PixelShuffle(WINDOW))
         for name, m in self.named_modules():
             if isinstance(m, nn.Linear):
                 nn.init.normal_(m.weight, std=m.in_features**-0.5)
                 nn.init.zeros_(m.bias)
-            if name.endswith("attn.proj"):  # attention that knows nothing yet only blurs
+            if name.endswith("attn.proj") or name == "upsample.0":  # attention that knows nothing yet only blurs
                 nn.init.zeros_(m.weight)
+                nn.init.zeros_(m.bias)
 
     def forward(self, y):
         """y: (B, 3, H, W) in [0, 1] -> (B, 3, 8h, 8w), unclipped, where 8h, 8w are H, W rounded up to multiples of 8.

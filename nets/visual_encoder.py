@@ -2,7 +2,7 @@
 
 The published network: 1-D convolutions that take the 197 tokens for channels and their 768 features for a length, and give
 77 tokens of 768 features, the shape in which SD v1.5's UNet expects its text. State dicts load strictly with the published
-names (blocks.0.weight ...). Source: sen-mao/InterLCM; trained in Stage A, frozen in Stage B.
+names (blocks.0.weight ...): 12,960,845 parameters. Source: sen-mao/InterLCM; trained in Stage A, frozen in Stage B.
 """
 
 import torch.nn as nn
@@ -52,11 +52,10 @@ class Resample1d(nn.Module):
 
 
 class VisualEncoder(nn.Module):
-    """CLIP tokens (B, emb_dim, D) -> cross-attention context (B, out_channels, D). Source: sen-mao/InterLCM.
+    """CLIP tokens (B, emb_dim, D) -> cross-attention context (B, out_channels, D).
 
-    The tokens are the channels of 1-D convolutions and the features their length, which goes D -> D/3 -> 2D/3 -> D for three
-    levels of widths nf * ch_mult (last first). Attention after the first block, and after each one of exactly 512 channels.
-    Published size: nf=64, emb_dim=197, ch_mult=[2, 4, 8], res_blocks=2, D = 768: 12,960,845 parameters.
+    The length goes D -> D/3 -> 2D/3 -> D for three levels of widths nf * ch_mult (last first). Attention after the first
+    block, and after each one of exactly 512 channels. Published: nf=64, emb_dim=197, ch_mult=[2, 4, 8], res_blocks=2, D=768.
     """
 
     def __init__(self, nf, emb_dim, ch_mult, res_blocks, out_channels=77):

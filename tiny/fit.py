@@ -51,8 +51,7 @@ def fit(name, model, loss_fn, save, recipe, seed, bf16):
     saved = time.monotonic()
     for step in tqdm(range(first + 1, recipe.steps + 1), name, recipe.steps, initial=first, mininterval=10):
         torch.manual_seed((seed << 32) + step)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, recipe)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, recipe)
         with attention(on_gpu), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss, figures = loss_fn(step)
         optimizer.zero_grad()

@@ -22,7 +22,6 @@ from pathlib import Path
 
 from plumbing import commands
 
-HERE = Path(__file__).resolve().parent
 PARTS = ["vae", "decoder", "clip", "dino", "posterior-mean", "flow", "unet"]
 
 
@@ -31,7 +30,7 @@ def parse_args(argv=None):
     add = p.add_argument
     add("parts", nargs="+", choices=PARTS, help="what to train, in this order")
     add("--data", type=Path, nargs="+", required=True, metavar="DIR", help="folders of aligned face pictures")
-    add("--out", type=Path, default=HERE, help="where the weights go")
+    add("--out", type=Path, default=Path(__file__).resolve().parent, help="where the weights go")
     add("--steps", type=commands.whole(1), help="training steps, instead of each part's own number")
     add("--batch", type=commands.whole(1), help="pictures a step, instead of each part's own number")
     add("--seed", type=commands.whole(0, 2**31 - 1), default=0, help="of weights, training pairs and their order")
@@ -258,7 +257,6 @@ def unet_training(args, pool, recipe):
     scheduler, config = LCMScheduler(**SCHEDULE), load_config("tiny")
     scheduler.save_pretrained(args.out / "base" / "scheduler")
     tau, alphas_bar = config["timestep"], scheduler.alphas_cumprod.to(pool.device)
-    entry, alpha_bar = config["entry"], float(scheduler.alphas_cumprod[tau])
     channels = vae.config.latent_channels
     unet = UNet2DConditionModel(**UNET, in_channels=channels, out_channels=channels).to(pool.device)
 
@@ -271,7 +269,7 @@ def unet_training(args, pool, recipe):
         alpha, sigma = (v[t].sqrt().view(-1, 1, 1, 1) for v in (alphas_bar, 1 - alphas_bar))
         eps = torch.randn_like(z)
         z_t = alpha * z + sigma * eps
-        z_t[:half] = enter(z_y, alpha_bar, entry)
+        z_t[:half] = enter(z_y, float(scheduler.alphas_cumprod[tau]), config["entry"])
         eps[:half] = (z_t[:half] - alpha[:half] * z[:half]) / sigma[:half]
         c = torch.cat([pool.get(c_lq, index[:half]), pool.get(c_hq, index[half:])])
         c = c * (torch.rand(len(z), 1, 1, device=z.device) > 0.1)  # one in ten without caption
