@@ -16,8 +16,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nets.hdit import HDiT, neighborhood_attention  # noqa: F401 (the networks, offered here too)
-from nets.swinir import SwinIR  # noqa: F401
+from nets.hdit import HDiT, neighborhood_attention  # noqa: F401 (offered here too)
+from nets.swinir import SwinIR
 from plumbing import published
 
 # --- Eq. 2, the posterior mean ----------------------------------------------------------------------------------------
@@ -105,9 +105,14 @@ class PMRF(nn.Module):
         The files' num_flow_steps is what training was validated with (50 in PMRF's script); steps stays the paper's 25.
         FileNotFoundError if nothing is there, ValueError if a file is cut, foreign or of another size.
         """
-        swinir, hdit, settings = published.load_pmrf(name_or_folder)
-        return cls(swinir, hdit, **settings).eval()
+        with published.loading_pmrf(name_or_folder):
+            settings, weights, average = published.read_pmrf(name_or_folder)
+            with torch.device("meta"):  # random weights would be replaced at once: make none
+                swinir, hdit = SwinIR(**settings.pop("swinir")), HDiT(**settings.pop("hdit"))
+            return published.fill_pmrf(cls(swinir, hdit, **settings), weights, average).eval()
 
     def save_pretrained(self, folder, dtype=torch.float16):
         """Writes config.json (as published, plus the networks' sizes) and model.safetensors in dtype; no half files."""
-        published.save_pmrf(folder, self, dtype)
+        config = {"mmse_noise_std": self.sigma_s, "num_flow_steps": 25, "eps": self.t_eps}
+        config |= {"hdit": self.model.config, "swinir": self.mmse_model.config}
+        published.write_pmrf(folder, config, self, dtype)

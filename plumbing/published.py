@@ -21,8 +21,6 @@ from safetensors.torch import load_file, save
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 from nets.autoencoder import PCAAutoencoder
-from nets.hdit import HDiT
-from nets.swinir import SwinIR
 from plumbing.files import make_folder, write_bytes
 from plumbing.presets import ROOT, locate
 
@@ -165,42 +163,49 @@ def load_lora(name, file, unet):
 SWINIR = dict(embed_dim=180, depths=[6] * 8, num_heads=[6] * 8)
 HDIT = dict(in_channels=3, out_channels=3, patch_size=4, widths=[256, 512, 1024], depths=[2, 2, 8])
 HDIT |= dict(kernel_sizes=[7, 7, None], d_head=64, mapping_width=768, mapping_depth=2)
+PMRF_KEY = re.compile(r"model\.|mmse_model\.")  # a training checkpoint has its metrics' networks, too
 COMPUTED = re.compile(r"attn_mask|relative_position_index|pos_emb\.freqs|aug_emb\.weight")  # follow from the sizes
 
 
-def load_pmrf(name_or_folder):
-    """SwinIR and HDiT with their weights, and {"sigma_s", "t_eps"}: of what PMRF.from_pretrained takes, with its errors."""
-    source = Path(name_or_folder)
+@contextlib.contextmanager
+def loading_pmrf(source):
+    """As `loading`, for PMRF: a missing file stays a FileNotFoundError, a cut or foreign one is a ValueError."""
     try:
-        return build_pmrf(*(read_lightning(source) if source.suffix == ".ckpt" else read_repository(source)))
+        yield
     except OSError:
         raise
     except Exception as e:  # a foreign file can fail in any way
         raise ValueError(f"{source}: expected PMRF as published, got {one_line(e)}; check download and sizes") from None
 
 
-def build_pmrf(config, weights, average):
-    """What load_pmrf returns, from the settings and weights of a file; of HDiT's weights the average, where there is one."""
+def read_pmrf(name_or_folder):
+    """A hub id, a folder like one, or a Lightning .ckpt -> its settings, weights {name: tensor}, averaged weights or None.
+
+    Settings: "swinir" and "hdit" (arguments of these classes), "sigma_s", "t_eps". The average is a list in HDiT's order.
+    """
+    source = Path(name_or_folder)
+    config, weights, average = read_lightning(source) if source.suffix == ".ckpt" else read_repository(source)
     if not isinstance(config, dict):
         raise ValueError(f"settings of type {type(config).__name__} instead of a dict")
-    with torch.device("meta"):  # random weights would be replaced at once: make none
-        swinir, hdit = SwinIR(**sizes(config, "swinir")), HDiT(**sizes(config, "hdit"))
+    settings = {"swinir": sizes(config, "swinir"), "hdit": sizes(config, "hdit")}
+    settings |= {"sigma_s": float(config.get("mmse_noise_std", 0.1)), "t_eps": float(config.get("eps", 0.0))}
+    return settings, {k: w for k, w in weights.items() if PMRF_KEY.match(k) and not COMPUTED.search(k)}, average
+
+
+def fill_pmrf(pmrf, weights, average):
+    """Puts the weights into a PMRF that was made on the meta device; of the flow the average, where there is one."""
     if average is not None:
-        names = [f"model.{name}" for name, _ in hdit.named_parameters()]
+        names = [f"model.{name}" for name, _ in pmrf.model.named_parameters()]
         if len(average) != len(names):
             raise ValueError(f"{len(average)} averaged parameters instead of {len(names)}")
         weights = weights | dict(zip(names, average, strict=True))
-    # a training checkpoint has its metrics' networks, too
-    own = {k: w for k, w in weights.items() if k.startswith(("mmse_model.", "model.")) and not COMPUTED.search(k)}
-    torch.nn.ModuleDict({"mmse_model": swinir, "model": hdit}).to_empty(device="cpu").load_state_dict(own)
-    return swinir, hdit, {"sigma_s": float(config.get("mmse_noise_std", 0.1)), "t_eps": float(config.get("eps", 0.0))}
+    pmrf.to_empty(device="cpu").load_state_dict(weights)
+    return pmrf
 
 
-def save_pmrf(folder, pmrf, dtype):
+def write_pmrf(folder, config, pmrf, dtype):
     """config.json and model.safetensors as published, no half files; parameters in dtype, buffers as they are."""
-    config = {"arch": "hdit", "mmse_model_arch": "swinir", "stage": "flow", "conditional": False}
-    config |= {"mmse_noise_std": pmrf.sigma_s, "num_flow_steps": 25, "eps": pmrf.t_eps}
-    config |= {"hdit": pmrf.model.config, "swinir": pmrf.mmse_model.config}
+    config = {"arch": "hdit", "mmse_model_arch": "swinir", "stage": "flow", "conditional": False} | config
     weights = {k: p.detach().to("cpu", dtype).contiguous() for k, p in pmrf.named_parameters()}
     weights |= {k: b.cpu() for k, b in pmrf.named_buffers()}  # the frequencies of time stay float32
     write_bytes(make_folder(folder) / "model.safetensors", save(weights, {"format": "pt"}))
