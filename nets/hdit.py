@@ -240,6 +240,7 @@ class HDiT(nn.Module):
         for name, weight in self.named_parameters():  # at first v is 0, and no layer adds anything
             if name.endswith(("norm.linear.weight", "out_proj.weight", "down_proj.weight", "patch_out.proj.weight")):
                 nn.init.zeros_(weight)
+        self.register_load_state_dict_pre_hook(drop_buffers)
 
     def forward(self, x, t):
         """x: (B, C, H, W), t: (B,) in [0, 1] -> v (B, C', H, W). ValueError if tokens cannot be merged: resize x."""
@@ -258,3 +259,9 @@ class HDiT(nn.Module):
         for level, split in zip(reversed(self.up_levels), reversed(self.splits), strict=True):
             x = level(split(x, skips.pop()), cond)
         return self.patch_out(self.out_norm(x)).permute(0, 3, 1, 2)
+
+
+def drop_buffers(module, state_dict, prefix, *_):
+    """Before loading: leave out the published buffers that follow from the sizes, so that strict loading holds."""
+    for key in [k for k in state_dict if k.startswith(prefix) and k.endswith(("pos_emb.freqs", "aug_emb.weight"))]:
+        del state_dict[key]

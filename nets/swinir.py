@@ -123,6 +123,7 @@ class SwinIR(nn.Module):
             if name.endswith("attn.proj") or name == "upsample.0":  # attention that knows nothing yet only blurs
                 nn.init.zeros_(m.weight)
                 nn.init.zeros_(m.bias)
+        self.register_load_state_dict_pre_hook(drop_buffers)
 
     def forward(self, y):
         """y: (B, 3, H, W) in [0, 1] -> (B, 3, 8h, 8w), unclipped, where 8h, 8w are H, W rounded up to multiples of 8.
@@ -146,3 +147,9 @@ class SwinIR(nn.Module):
         for conv in (self.conv_up1, self.conv_up2, self.conv_up3):
             x = F.leaky_relu(conv(F.interpolate(x, scale_factor=2, mode="nearest")), 0.2)
         return self.conv_last(F.leaky_relu(self.conv_hr(x), 0.2)) + mean
+
+
+def drop_buffers(module, state_dict, prefix, *_):
+    """Before loading: leave out the published buffers that follow from the sizes, so that strict loading holds."""
+    for key in [k for k in state_dict if k.startswith(prefix) and k.endswith(("attn_mask", "relative_position_index"))]:
+        del state_dict[key]

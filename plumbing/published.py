@@ -164,7 +164,6 @@ SWINIR = dict(embed_dim=180, depths=[6] * 8, num_heads=[6] * 8)
 HDIT = dict(in_channels=3, out_channels=3, patch_size=4, widths=[256, 512, 1024], depths=[2, 2, 8])
 HDIT |= dict(kernel_sizes=[7, 7, None], d_head=64, mapping_width=768, mapping_depth=2)
 PMRF_KEY = re.compile(r"model\.|mmse_model\.")  # a training checkpoint has its metrics' networks, too
-COMPUTED = re.compile(r"attn_mask|relative_position_index|pos_emb\.freqs|aug_emb\.weight")  # follow from the sizes
 
 
 @contextlib.contextmanager
@@ -189,7 +188,7 @@ def read_pmrf(name_or_folder):
         raise ValueError(f"settings of type {type(config).__name__} instead of a dict")
     settings = {"swinir": sizes(config, "swinir"), "hdit": sizes(config, "hdit")}
     settings |= {"sigma_s": float(config.get("mmse_noise_std", 0.1)), "t_eps": float(config.get("eps", 0.0))}
-    return settings, {k: w for k, w in weights.items() if PMRF_KEY.match(k) and not COMPUTED.search(k)}, average
+    return settings, {k: w for k, w in weights.items() if PMRF_KEY.match(k)}, average
 
 
 def fill_pmrf(pmrf, weights, average):
