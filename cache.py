@@ -30,7 +30,7 @@ DEVICES = ("cuda", "cpu")
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description="Degrade pictures, restore them by the teacher, cache latents (Sec. 3.2).")
+    p = argparse.ArgumentParser(description="Degrade pictures, restore with the teacher, cache latents (Sec. 3.2).")
     add, whole = p.add_argument, commands.whole
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--data", type=Path, metavar="DIR", help="folder of sharp face pictures, searched recursively")

@@ -23,7 +23,7 @@ def parse_args(argv=None):
     p.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="pictures, or folders searched recursively")
     p.add_argument("-o", "--out", type=Path, required=True, metavar="OUT", help="folder for the degraded copies (PNG)")
     how = p.add_mutually_exclusive_group()
-    how.add_argument("--ranges", choices=presets.RANGES, default="difface", help="draw them (default difface)")
+    how.add_argument("--ranges", choices=presets.RANGES, default="difface", help="draw from these (default difface)")
     how.add_argument("--level", choices=presets.LEVELS, help="fixed parameters instead of drawn ones")
     p.add_argument("--size", type=commands.whole(16, 8192), metavar="N", help="first crop to a square of N px")
     p.add_argument("--seed", type=commands.whole(0), default=0, help="seed of parameters and noise (default 0)")

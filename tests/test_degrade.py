@@ -385,6 +385,12 @@ def test_command_keeps_the_tree_and_names_what_would_be_one_file(tmp_path, capsy
     assert [p.name for p in (tmp_path / "flat").iterdir()] == ["001.png"]
 
 
+def test_command_names_each_input_that_is_none(tmp_path, capsys):
+    assert call(tmp_path / "a.png", tmp_path / "b.png", "-o", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 2 and "a.png" in error and "b.png" in error
+
+
 @pytest.mark.parametrize(
     "arguments", [["x.png"], ["x.png", "-o", "o", "--level", "mild"], ["x", "-o", "o", "--size", "0"]]
 )

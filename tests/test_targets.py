@@ -109,6 +109,11 @@ def test_a_picture_that_is_only_named_like_a_result_is_restored(tmp_path):
     assert names(plan([tmp_path])[0]) == [("family_restored.png", "family_restored_restored.png")]
 
 
+def test_a_picture_that_is_named_by_an_ending_alone_is_restored(tmp_path):
+    put(tmp_path / "_restored.png")
+    assert plan([tmp_path]) == ([(tmp_path / "_restored.png", tmp_path / "_restored_restored.png")], [])
+
+
 def test_names_that_differ_in_case_only_clash(tmp_path):
     for name in ("a/x.png", "a/X.jpg", "b/y.png", "b/Y_RESTORED.PNG"):
         put(tmp_path / name)
