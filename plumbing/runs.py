@@ -76,16 +76,29 @@ def check_networks(cache, meta, **networks):
 
 # --- checkpoints, written by one process at a time -----------------------------------------------------------------------
 
+LOCKED = set()  # folders, as file descriptors
+
+
+def unlock(*folders):
+    for folder in folders:
+        LOCKED.remove(folder)
+        os.close(folder)
+
+
+if fcntl:  # a forked data worker outlives a killed training by seconds, in which the next one may begin
+    os.register_at_fork(after_in_child=lambda: unlock(*LOCKED))
+
 
 @contextlib.contextmanager
 def alone(out, rank):
     """Inside, no other training writes into the folder out; ValueError where one does. The lock ends with the process."""
     with contextlib.ExitStack() as stack:
         if fcntl and not rank:  # rank 0 locks it for all processes of a training
-            handle = os.open(files.make_folder(out), os.O_RDONLY)
-            stack.callback(os.close, handle)
+            folder = os.open(files.make_folder(out), os.O_RDONLY)
+            LOCKED.add(folder)
+            stack.callback(unlock, folder)
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(f"another process is training into {out}: wait for it, or change --out") from None
             except OSError:  # as on some network disks

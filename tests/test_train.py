@@ -570,6 +570,27 @@ def test_two_trainings_do_not_share_a_folder(small_cache, stage_a, tmp_path, cap
     run_here(*argv)
 
 
+def test_a_data_worker_that_outlives_a_killed_training_does_not_hold_its_folder(tmp_path):
+    """On a GPU four of them read ahead. They notice within seconds that the training is gone."""
+    ends, out = os.pipe(), tmp_path / "run"
+    if not (training := os.fork()):
+        with runs.alone(out, 0):
+            if worker := os.fork():
+                os.write(ends[1], b"%d" % worker)
+            time.sleep(60)
+            os._exit(0)
+    worker = int(os.read(ends[0], 20))
+    try:
+        with pytest.raises(ValueError, match="another process"), runs.alone(out, 0):
+            pass
+        os.kill(training, signal.SIGKILL)
+        os.waitpid(training, 0)
+        with runs.alone(out, 0):
+            os.kill(worker, 0)  # it is still there
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
 def test_init_is_the_same_folder_by_any_path(small_cache, stage_a, tmp_path, monkeypatch, capsys):
     more = ("--steps", "1", "--lambda-sgcl", "0", "--lambda-lpips", "0", "--lambda-l1", "0")
     monkeypatch.chdir(stage_a.parent)
