@@ -205,8 +205,8 @@ def fill_pmrf(pmrf, weights, average):
 def write_pmrf(folder, config, pmrf, dtype):
     """config.json and model.safetensors as published, no half files; parameters in dtype, buffers as they are."""
     config = {"arch": "hdit", "mmse_model_arch": "swinir", "stage": "flow", "conditional": False} | config
-    weights = {k: p.detach().to("cpu", dtype).contiguous() for k, p in pmrf.named_parameters()}
-    weights |= {k: b.cpu() for k, b in pmrf.named_buffers()}  # the frequencies of time stay float32
+    weights = {k: b.cpu() for k, b in pmrf.state_dict().items()}  # the frequencies of time stay float32
+    weights |= {k: p.detach().to("cpu", dtype).contiguous() for k, p in pmrf.named_parameters()}
     write_bytes(make_folder(folder) / "model.safetensors", save(weights, {"format": "pt"}))
     write_bytes(Path(folder) / "config.json", json.dumps(config, indent=1).encode() + b"\n")
 
