@@ -500,8 +500,8 @@ def write_folder(folder, config, state):
     return folder
 
 
-def refused(source, error, *words):
-    with pytest.raises(error) as e:
+def refused(source, *words):
+    with pytest.raises(OSError) as e:
         PMRF.from_pretrained(source)
     assert "\n" not in str(e.value) and len(str(e.value)) < 600
     assert all(word in str(e.value) for word in words), str(e.value)
@@ -521,20 +521,19 @@ def test_offline_hub_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     name = "ohayonguy/PMRF_blind_face_image_restoration"
-    refused(name, FileNotFoundError, name, "model.safetensors", "0.7 GB", f"hf download {name}")
+    refused(name, name, "model.safetensors", "0.7 GB", f"hf download {name}")
     assert huggingface_hub.logging.get_verbosity() >= logging.ERROR  # online, its retries would be twelve lines
     for place in (tmp_path / "nowhere", "nowhere", "runs/a/nowhere"):  # none of them owner/name
-        refused(place, FileNotFoundError, "nowhere", "check the path")
+        refused(place, "nowhere", "check the path")
 
 
 def test_sizes_are_the_published_ones_unless_config_has_others(tmp_path):
     config, state = published(small_pmrf())
     for k in ("hdit", "swinir"):
         del config[k]
-    refused(write_folder(tmp_path / "a", config, state), ValueError, "size mismatch for model", "256")
+    refused(write_folder(tmp_path / "a", config, state), "size mismatch for model", "256")
     refused(
         write_folder(tmp_path / "b", config | {"arch": "unet"}, state),
-        ValueError,
         "arch",
         "unet",
         "hdit_ImageNet256Sp4",
@@ -548,17 +547,17 @@ def test_broken_folders_are_one_line(tmp_path):
     data = (good / "model.safetensors").read_bytes()
     for name, change in {"cut": data[: len(data) // 2], "foreign": b"GIF89a", "empty": b""}.items():
         (write_folder(tmp_path / name, config, state) / "model.safetensors").write_bytes(change)
-        refused(tmp_path / name, ValueError, name)
+        refused(tmp_path / name, name)
     del state["model.out_norm.scale"]
-    refused(write_folder(tmp_path / "hole", config, state), ValueError, "Missing", "model.out_norm.scale")
+    refused(write_folder(tmp_path / "hole", config, state), "Missing", "model.out_norm.scale")
     (good / "config.json").write_text("{")
-    refused(good, ValueError, "JSON")
+    refused(good, "JSON")
     (good / "config.json").write_text('{"hdit": {"width": 3}}')
-    refused(good, ValueError, "width")
+    refused(good, "width")
     (good / "config.json").write_text("[]")
-    refused(good, ValueError, "list instead of a dict")
+    refused(good, "list instead of a dict")
     (good / "config.json").unlink()
-    refused(good, FileNotFoundError, "config.json")
+    refused(good, "config.json")
 
 
 def lightning(pmrf):
@@ -588,29 +587,29 @@ class Code:
 def test_broken_checkpoints_are_one_line(tmp_path, monkeypatch):
     file, ckpt = tmp_path / "x.ckpt", lightning(small_pmrf())
     monkeypatch.chdir(tmp_path)
-    refused(file, FileNotFoundError, "x.ckpt", "check the path")
+    refused(file, "x.ckpt", "check the path")
     for odd in (Code(), argparse.Namespace(arch="hdit")):
         for whole in (True, False):
             torch.save(ckpt | {"callbacks": odd}, file, _use_new_zipfile_serialization=whole)
-            refused(file, ValueError, "x.ckpt", "mkdir" if isinstance(odd, Code) else "argparse.Namespace")
+            refused(file, "x.ckpt", "mkdir" if isinstance(odd, Code) else "argparse.Namespace")
     file.write_bytes(pickle.dumps(Code(), protocol=2))
-    refused(file, ValueError, "x.ckpt")
+    refused(file, "x.ckpt")
     assert not Path("code was run").exists()
     without = [{k: v for k, v in ckpt.items() if k != gone} for gone in ("ema", "state_dict", "hyper_parameters")]
     for odd in (*without, [], ckpt["state_dict"], ckpt | {"ema": {"shadow_params": None}}):
         torch.save(odd, file)
-        refused(file, ValueError, "without hyper_parameters, state_dict or ema.shadow_params")
+        refused(file, "without hyper_parameters, state_dict or ema.shadow_params")
     short = ckpt["ema"] | {"shadow_params": ckpt["ema"]["shadow_params"][1:]}
     torch.save(ckpt | {"ema": short}, file)
-    refused(file, ValueError, "averaged parameters")
+    refused(file, "averaged parameters")
     turned = ckpt["ema"] | {"shadow_params": ckpt["ema"]["shadow_params"][::-1]}
     torch.save(ckpt | {"ema": turned}, file)
-    refused(file, ValueError, "size mismatch")
+    refused(file, "size mismatch")
     torch.save(ckpt, file)
     file.write_bytes(file.read_bytes()[:3000])
-    refused(file, ValueError, "x.ckpt")
+    refused(file, "x.ckpt")
     file.write_bytes(b"")
-    refused(file, ValueError, "x.ckpt")
+    refused(file, "x.ckpt")
 
 
 def test_save_then_load(tmp_path):
