@@ -39,7 +39,9 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from scipy.fft import next_fast_len
 
 from plumbing.files import make_folder
 from plumbing.pictures import read_image, square, write_image
@@ -99,26 +101,14 @@ def blur(x, kernel):
     """
     pad = kernel.shape[0] // 2
     padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad)), mode="reflect")  # (3, H + 2 pad, W + 2 pad)
-    shape = [_fast_length(n) for n in padded.shape[1:]]
+    shape = [next_fast_len(n, real=True) for n in padded.shape[1:]]
     spectrum = np.fft.rfft2(padded, s=shape) * np.conj(np.fft.rfft2(kernel, s=shape))
     return np.fft.irfft2(spectrum, s=shape)[:, : x.shape[1], : x.shape[2]]  # what wraps around lies beyond H, W
 
 
-def _fast_length(n):
-    while 30**16 % n:  # up to the next product of twos, threes and fives, for which the transform is twice as fast
-        n += 1
-    return n
-
-
 def bilinear(x, size):
     """Bilinear resampling of x (3, h, w) to size = (H, W) like OpenCV: pixel centres, no antialiasing; float64."""
-    for axis, n in ((1, size[0]), (2, size[1])):
-        length = x.shape[axis]
-        position = np.clip((np.arange(n) + 0.5) * (length / n) - 0.5, 0, length - 1)
-        i = np.minimum(position.astype(np.int64), max(length - 2, 0))
-        w = (position - i).reshape((-1, 1) if axis == 1 else (-1,))
-        x = x.take(i, axis) * (1 - w) + x.take(np.minimum(i + 1, length - 1), axis) * w
-    return x
+    return F.interpolate(torch.from_numpy(x)[None], tuple(size), mode="bilinear", align_corners=False)[0].numpy()
 
 
 def jpeg(x, quality):

@@ -14,10 +14,10 @@ from pathlib import Path
 from evaluation.faces import degraded, find_faces
 from evaluation.metrics import values_of
 from evaluation.quality import student_row
-from evaluation.tables import TITLES, interval, markdown, spread, write_csv, write_text
+from evaluation.tables import TITLES, interval, markdown, spread, write_text
 from plumbing.commands import say
 from plumbing.devices import prepare
-from plumbing.files import make_folder
+from plumbing.files import make_folder, write_csv
 from plumbing.presets import ROOT, load_config, locate, newest_checkpoint
 from plumbing.shards import read_meta
 from student import Student

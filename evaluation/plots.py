@@ -3,25 +3,12 @@
 A plot is the text of an SVG file (evaluation/svg.py). The CSVs are those that `evaluate.py quality` and `ablation` write.
 """
 
-import csv
-
 import numpy as np
 
 from evaluation.metrics import mean_interval, values_of
 from evaluation.quality import CEILING
 from evaluation.svg import COLOURS, Axes, limits, svg, text
-
-
-def read_csv(path, needed):
-    """The lines of a CSV as dicts. ValueError if it lacks a column of `needed` or has no line, OSError if it is not there."""
-    if not path.is_file():
-        raise FileNotFoundError(f"expected a CSV of evaluate.py at {path}, found none: check the path")
-    with open(path, encoding="utf-8", newline="") as f:
-        lines = list(csv.DictReader(f))
-    lacking = [name for name in needed if not lines or name not in lines[0]]
-    if lacking:
-        raise ValueError(f"expected a CSV of evaluate.py with {', '.join(needed)}, {path} has no {', '.join(lacking)}")
-    return lines
+from plumbing.files import read_csv
 
 
 def plane(path):

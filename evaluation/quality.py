@@ -12,11 +12,11 @@ import torch
 
 from evaluation.faces import degraded, find_faces, find_pairs, given
 from evaluation.metrics import SETS, PictureMetrics, set_metrics, values_of
-from evaluation.tables import TITLES, interval, markdown, write_csv, write_text
+from evaluation.tables import TITLES, interval, markdown, write_text
 from plumbing import pictures
 from plumbing.commands import optional, say
 from plumbing.devices import prepare, synchronize
-from plumbing.files import make_folder
+from plumbing.files import make_folder, write_csv
 from plumbing.presets import locate
 from restore import restore
 from student import Student, decode, encode

@@ -148,12 +148,12 @@ def test_sec331_axes_find_what_the_tokens_say():
 def test_a_csv_of_something_else_is_one_line(tmp_path, text, capsys):
     (tmp_path / "q.csv").write_text(text)
     assert call("figures", "--out", tmp_path / "out", "--quality", tmp_path / "q.csv") == 1
-    assert re.fullmatch(r".*expected a CSV of evaluate.py with .*q.csv has no .*\n", capsys.readouterr().err)
+    assert re.fullmatch(r".*expected rows with level, .* in .*q.csv, got no .*\n", capsys.readouterr().err)
 
 
 def test_a_csv_that_is_not_there_is_one_line(tmp_path, capsys):
     assert call("figures", "--out", tmp_path / "out", "--ablation", tmp_path / "a.csv") == 1
-    assert re.fullmatch(r".*expected a CSV of evaluate.py at .*a.csv, found none.*\n", capsys.readouterr().err)
+    assert re.fullmatch(r".*expected a file, got .*a.csv, which does not exist.*\n", capsys.readouterr().err)
 
 
 # --- the page of a training
