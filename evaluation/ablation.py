@@ -18,7 +18,7 @@ from evaluation.tables import TITLES, interval, markdown, spread, write_text
 from plumbing.commands import say
 from plumbing.devices import prepare
 from plumbing.files import make_folder, write_csv
-from plumbing.presets import ROOT, load_config, locate, newest_checkpoint
+from plumbing.presets import ROOT, check_same, load_config, locate, newest_checkpoint
 from plumbing.shards import read_meta
 from student import Student
 
@@ -96,9 +96,7 @@ def train(folder, steps, cache, options, init=()):
     """
     wanted, note = {"steps": steps, "options": list(map(str, options)), **sources(cache)}, folder / "trained.json"
     if note.is_file():
-        before = json.loads(note.read_text())
-        if differ := ", ".join(f"{k} {before.get(k)} (now {v})" for k, v in wanted.items() if before.get(k) != v):
-            raise ValueError(f"expected in {folder} a run of these options, got another: {differ}: delete it")
+        check_same(json.loads(note.read_text()), wanted, f"the run in {folder}", "delete it")
         newest_checkpoint(folder)
         return
     command = [sys.executable, ROOT / "train.py", "--out", folder, "--steps", steps, "--cache", cache, *options, *init]

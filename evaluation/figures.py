@@ -14,6 +14,7 @@ import io
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.functional import to_pil_image
 
 import degrade
 import sgcl
@@ -188,15 +189,11 @@ def draw(rows, side):
     for j, row in enumerate(rows):
         for i, (caption, x) in enumerate(row):
             left, upper = i * width + gap, j * height + top
-            tile = image(x[0] if x.ndim == 4 else x)
+            tile = to_pil_image(pictures.to_uint8(x[0] if x.ndim == 4 else x))
             how = Image.Resampling.NEAREST if tile.width < side else Image.Resampling.LANCZOS
             sheet.paste(tile.resize((side, side), how), (left, upper))
             pen.text((left, upper - 3), caption, "black", font, anchor="ld")
     return sheet
-
-
-def image(x):
-    return Image.fromarray(pictures.to_uint8(x).permute(1, 2, 0).contiguous().numpy())
 
 
 def jpeg(sheet):

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from evaluation.faces import degraded, find_faces, find_pairs, given
-from evaluation.metrics import SETS, PictureMetrics, set_metrics, values_of
+from evaluation.metrics import PictureMetrics, set_metrics, values_of
 from evaluation.tables import TITLES, interval, markdown, write_text
 from plumbing import pictures
 from plumbing.commands import optional, say
 from plumbing.devices import prepare, synchronize
 from plumbing.files import make_folder, write_csv
-from plumbing.presets import locate
+from plumbing.presets import SETS, locate
 from restore import restore
 from student import Student, decode, encode
 from teacher import PMRF

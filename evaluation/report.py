@@ -10,11 +10,13 @@ import json
 import math
 from pathlib import Path
 
-from evaluation.figures import image
+from torchvision.transforms.functional import to_pil_image
+
 from evaluation.quality import CEILING, timed
 from evaluation.tables import DIGITS, TITLES, write_text
 from plumbing.commands import say
 from plumbing.files import make_folder
+from plumbing.pictures import to_uint8
 
 MAX_BYTES = 100e6
 PAGE = Path(__file__).with_suffix(".html")
@@ -53,7 +55,7 @@ def compress(x, limit, qualities):
 
     What is too large is dropped from `qualities`, so that the next picture does not try it again.
     """
-    picture = image(x)
+    picture = to_pil_image(to_uint8(x))
     while True:
         f = io.BytesIO()
         picture.save(f, "WEBP", lossless=qualities[0] is None, quality=qualities[0] or 20, method=2)

@@ -334,10 +334,10 @@ def test_again_on_a_finished_cache_does_nothing(whole, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "more, named",
     [
-        (["--steps", "3"], r"steps 2 \(now 3\)"),
-        (["--seed", "1"], r"seed 0 \(now 1\)"),
+        (["--steps", "3"], r"steps = 2 \(now 3\)"),
+        (["--seed", "1"], r"seed = 0 \(now 1\)"),
         (["--ranges", "gfpgan"], "ranges .*gfpgan"),
-        (["--limit", "5"], r"pictures 6 \(now 5\)"),
+        (["--limit", "5"], r"pictures = 6 \(now 5\)"),
     ],
 )
 def test_other_settings_are_refused_by_name(whole, more, named):

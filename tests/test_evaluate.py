@@ -477,7 +477,7 @@ def test_ablation_trains_a_row_only_until_it_is_finished(tmp_path, trained, monk
 
 def test_ablation_uses_no_run_of_other_options_or_another_cache(tmp_path, trained):
     ablation.train(tmp_path / "row", 3, tmp_path / "cache", ["--stage", "A", "--batch", 2])
-    for steps, options, named in ((4, ["--stage", "A", "--batch", 2], "steps 3"), (3, ["--stage", "A"], "--batch")):
+    for steps, options, named in ((4, ["--stage", "A", "--batch", 2], "steps = 3"), (3, ["--stage", "A"], "--batch")):
         with pytest.raises(ValueError, match=named):
             ablation.train(tmp_path / "row", steps, tmp_path / "cache", options)
     meta = tmp_path / "cache" / "meta.json"
@@ -684,11 +684,8 @@ def test_help_and_wrong_arguments_answer_within_a_second():
         assert result.returncode == code and time.perf_counter() - start < 1 and "Traceback" not in result.stderr
 
 
-def test_the_choices_are_those_of_the_modules():
-    assert evaluate.METRICS == (*metrics.PAIRED, *metrics.SETS, *metrics.NO_REFERENCE)
-    assert (evaluate.PAIRED, evaluate.SETS) == (metrics.PAIRED, metrics.SETS) and set(evaluate.METRICS) < set(
-        tables.TITLES
-    )
+def test_every_measure_has_a_title():
+    assert set(evaluate.METRICS) < set(tables.TITLES)
 
 
 def test_errors_are_one_line(tmp_path, capsys):

@@ -74,7 +74,7 @@ def test_sec331_without_the_adapter_is_without_and_only_then(models):
 def test_a_picture_is_small_and_has_the_same_bytes_twice(models):
     first, second = (figures.jpeg(figures.draw(figures.degradation(models), 64)) for _ in range(2))
     assert first == second and 1000 < len(first) <= figures.MAX_BYTES
-    noise = figures.image(torch.rand(3, 700, 700, generator=torch.Generator().manual_seed(0)))
+    noise = figures.to_pil_image(torch.rand(3, 700, 700, generator=torch.Generator().manual_seed(0)))
     assert len(figures.jpeg(noise)) <= figures.MAX_BYTES  # the quality gives way
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import degrade
 from plumbing import files, pictures
-from plumbing.presets import load_config
+from plumbing.presets import check_same, load_config
 from plumbing.shards import weights_sha256
 
 SIZE, VIEWS = load_config("tiny")["image_size"], 16
@@ -88,8 +88,7 @@ def fill(folder, record, made_of, n, rows_from):
     folder.mkdir(parents=True, exist_ok=True)
     before = json.loads(record.read_text()) if record.is_file() else {**made_of, "rows": 0}
     done = before.pop("rows")
-    if before != made_of:
-        raise ValueError(f"expected a pool of {made_of} in {folder}, got one of {before}: delete that folder")
+    check_same(before, made_of, f"the pool in {folder}", "delete that folder")
     for rows in rows_from(done) if done < n else ():
         for name, values in rows.items():
             shape = (n, *values.shape[1:])
