@@ -69,29 +69,25 @@ def one_pass(y, params, size):
 
     Yields what there is after each of the four: blur, downsampling, noise, JPEG.
     """
-    yield (y := blur(y, _gaussian_kernel(params.kernel_size, params.sigma_x, params.sigma_y, params.theta)))
+    yield (y := blur(y, gaussian_kernel(params.kernel_size, params.sigma_x, params.sigma_y, params.theta).numpy()))
     yield (y := bilinear(y, [max(1, int(n / params.down)) for n in size]))
     yield (y := y + params.noise * np.random.Generator(np.random.PCG64(params.noise_seed)).standard_normal(y.shape))
     yield jpeg(_round8(y), params.jpeg).astype(np.float64)
 
 
 def gaussian_kernel(size, sigma_x, sigma_y, theta):
-    """Gaussian blur kernel k_sigma, (size, size) float32, sum 1, index [row y, column x].
+    """Gaussian blur kernel k_sigma, (size, size) float64, sum 1, index [row y, column x].
 
     size: odd, pixels; sigma_x, sigma_y > 0: standard deviations in pixels along axes turned by theta radians, so the
-    covariance is R diag(sigma_x^2, sigma_y^2) R^T. Computed in float64. Raises ValueError for another size or sigma.
+    covariance is R diag(sigma_x^2, sigma_y^2) R^T. Raises ValueError for another size or sigma.
     """
-    return torch.from_numpy(_gaussian_kernel(size, sigma_x, sigma_y, theta).astype(np.float32))
-
-
-def _gaussian_kernel(size, sigma_x, sigma_y, theta):
     if size < 1 or size % 2 == 0 or not min(sigma_x, sigma_y) > 0:
         raise ValueError(f"expected odd size, sigmas > 0, got {size}, {sigma_x}, {sigma_y}: use size + 1, sigma 0.1")
     y, x = np.mgrid[:size, :size] - size // 2
     u = (x * math.cos(theta) + y * math.sin(theta)) / sigma_x
     v = (y * math.cos(theta) - x * math.sin(theta)) / sigma_y
     k = np.exp(-0.5 * (u**2 + v**2))
-    return k / k.sum()
+    return torch.from_numpy(k / k.sum())
 
 
 def blur(x, kernel):

@@ -3,7 +3,6 @@
 Pictures: (3, H, W) float32 in [0, 1], kept as lossless WebP of 8 bits a channel. Latents: (C, h, w), kept as float16.
 """
 
-import bisect
 import contextlib
 import hashlib
 import json
@@ -32,10 +31,10 @@ class CacheDataset(torch.utils.data.Dataset):
 
     def __init__(self, folder, meta=None):
         self.folder, self.meta, self.files = Path(folder), meta or read_meta(folder), {}
-        self.ends = list(accumulate(shard["count"] for shard in self.meta["shards"]))
+        self.places = [(k, j) for k, shard in enumerate(self.meta["shards"]) for j in range(shard["count"])]
 
     def __len__(self):
-        return self.meta["count"]
+        return len(self.places)
 
     def __getitem__(self, i):
         f, j = self.locate(i)
@@ -48,12 +47,10 @@ class CacheDataset(torch.utils.data.Dataset):
         return records_of(f)["samples"][j]
 
     def locate(self, i):
-        if not 0 <= i < len(self):
-            raise IndexError(f"expected a sample 0 to {len(self) - 1}, got {i}")
-        k = bisect.bisect_right(self.ends, i)
+        k, j = self.places[i]
         if k not in self.files:  # opened (mapped into memory) at the first use, by each worker process for itself
             self.files[k] = safe_open(self.folder / self.meta["shards"][k]["file"], "pt")
-        return self.files[k], i - self.ends[k] + self.meta["shards"][k]["count"]
+        return self.files[k], j
 
     def __getstate__(self):
         return self.__dict__ | {"files": {}}

@@ -424,7 +424,7 @@ def test_pictures_too_small_to_be_a_training_face_are_named_and_left_out(tmp_pat
     assert "skipped dot.png: expected a short side of 32 px or more, got 1x1" in err and "2 of 5" in err
     assert [s["source"] for s in cache.read_meta(tmp_path / "cache")["skipped"]] == ["dot.png", "strip.png"]
     assert run(data, tmp_path / "all", "--min-side", "1") == 0 and cache.read_meta(tmp_path / "all")["count"] == 5
-    with pytest.raises(ValueError, match="min_side 1 .now 32"):
+    with pytest.raises(ValueError, match="min_side = 1 .now 32"):
         run(data, tmp_path / "all")
 
 

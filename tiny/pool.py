@@ -9,8 +9,6 @@ NAME-sha.npy      what a trained network makes of the pictures (`derive`); sha n
 import hashlib
 import json
 import math
-import multiprocessing
-import os
 from functools import partial
 
 import numpy as np
@@ -21,6 +19,8 @@ from tqdm import tqdm
 
 import degrade
 from plumbing import files, pictures
+from plumbing.devices import cores_a_process
+from plumbing.pipeline import beside
 from plumbing.presets import check_same, load_config
 from plumbing.shards import weights_sha256
 
@@ -116,13 +116,7 @@ class Pool:
 
     def make(self, faces, done):
         todo = list(enumerate(faces))[done // VIEWS :]
-        workers = min(len(os.sched_getaffinity(0)), len(todo) // 16)
-        views, bar = partial(make_views, self.seed), partial(tqdm, total=len(todo), desc="pool", unit=" faces")
-        if workers < 2:
-            yield from bar(map(views, todo))
-            return
-        with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as processes:
-            yield from bar(processes.imap(views, todo))
+        return tqdm(beside(partial(make_views, self.seed), todo, cores_a_process()), "pool", len(todo), unit=" faces")
 
     def array(self, name):
         if name not in self.arrays:
