@@ -55,8 +55,7 @@ def ablation_bars(path):
         x = limits([0, *(v for d in differences for v in d)])
         a = Axes((names + 390 * k, 40, 350, height), x, (len(rows), 0), title, f"better to the {better}", y_ticks=[])
         for i, (mean, low, high) in enumerate(differences):
-            good = (low > 0) if better == "right" else (high < 0)
-            bad = (high < 0) if better == "right" else (low > 0)
+            good, bad = (low > 0, high < 0) if better == "right" else (high < 0, low > 0)
             a.bar(0, mean, i + 0.2, i + 0.8, COLOURS[2] if good else COLOURS[1] if bad else COLOURS[6])
             a.line((low, high), (i + 0.5, i + 0.5), "currentColor")
         a.line((0, 0), a.y, "currentColor", 1)

@@ -67,11 +67,6 @@ def read_picture(path, metadata="basic"):
     return decode_picture(read_file(path), path, metadata)
 
 
-def decode_image(data, name):
-    """As read_image, of a file's bytes; name stands for the file in messages."""
-    return decode_picture(data, name).x
-
-
 def decode_picture(data, name, metadata="basic"):
     """As read_picture, of a file's bytes; name stands for the file in messages."""
     try:

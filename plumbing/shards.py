@@ -16,7 +16,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from plumbing.files import write_bytes
-from plumbing.pictures import decode_image
+from plumbing.pictures import decode_picture
 
 CHECKED = 8  # samples a shard whose latent `check` decodes
 MIN_PSNR = 18.0  # dB, decoded target latent against X†; two faces have at most about 16 to each other
@@ -78,7 +78,8 @@ def read_meta(folder):
 def picture(f, name, j):
     """Picture j of an open shard, (3, H, W) float32 in [0, 1]; name: "y" or "x"."""
     start, end = f.get_slice(f"{name}_offsets")[j : j + 2].tolist()
-    return decode_image(f.get_slice(f"{name}_bytes")[start:end].numpy().tobytes(), f"picture {name} {j} of the cache")
+    data = f.get_slice(f"{name}_bytes")[start:end].numpy().tobytes()
+    return decode_picture(data, f"picture {name} {j} of the cache").x
 
 
 def records_of(f):
