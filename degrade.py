@@ -225,8 +225,8 @@ def scale_kernel(kernel_size, size):
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
-# The third number in a test's seed. Training draws face i from (seed, i, repeat), and numpy reads (seed, i) as (seed, i, 0):
-# without this number a test would repeat training's degradations. No training repeats a face so often.
+# The third number in a test's seed, where training has a face's repeat (numpy reads (seed, i) as (seed, i, 0)): so no test
+# repeats a degradation of training.
 EVALUATION = 2**32 - 1
 
 

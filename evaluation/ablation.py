@@ -47,8 +47,7 @@ def ablation(data, cache, out, *, steps, seeds, batch, precision, ranges, limit,
     """Trains every row of ABLATION with every seed and measures it; ablation.csv and ablation.md in `out` grow row by row.
 
     steps: training steps a stage; measures: quality.Measures. The same call again trains only what is missing. Returns the
-    number of faces that could not be read. ValueError if there is none left, or a run cannot be trained or does not belong to
-    these settings.
+    number of faces that could not be read. ValueError if none is left, or a run cannot be trained or has other settings.
     """
     found, failed = find_faces(data, limit)
     make_folder(out)
@@ -117,8 +116,7 @@ def sources(cache):
 
 
 def ablation_table(lines, sets):
-    """Markdown: mean over seeds (lowest to highest) of each measure, and the LPIPS beyond the first row's with its interval;
-    below it Fig. 6's rows.
+    """Markdown: each measure's mean over seeds (lowest to highest), LPIPS minus the first row's with interval; Fig. 6's rows.
 
     lines: a dict a row, seed and face; sets: {row: [{measure of a set: value}, one a seed]}.
     """
