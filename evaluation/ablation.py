@@ -49,7 +49,7 @@ def ablation(data, cache, out, *, steps, seeds, batch, precision, ranges, limit,
     steps: training steps a stage; measures: quality.Measures. The same call again trains only what is missing. Returns the
     number of faces that could not be read. ValueError if none is left, or a run cannot be trained or has other settings.
     """
-    found, failed = find_faces(data, limit)
+    found, failed = find_faces(data, limit=limit)
     make_folder(out)
     meta, lines, sets = read_meta(cache), [], {}
     note = (

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluation.faces import degraded, find_faces, find_pairs, given
+from evaluation.faces import degraded, find_faces, given
 from evaluation.metrics import PictureMetrics, set_metrics, values_of
 from evaluation.tables import TITLES, interval, markdown, write_text
 from plumbing import pictures
@@ -64,7 +64,7 @@ def student_row(student, color_fix, device):
 
 def clean_faces(data, checkpoints, *, steps, levels, ranges, seed, limit, device, precision):
     """Clean faces of a folder, brought to the models' size and degraded here, once for each of levels."""
-    found, failed = find_faces(data, limit)
+    found, failed = find_faces(data, limit=limit)
     students, teacher = load_models(checkpoints, device, precision)
     size, tables = next(iter(students.values())).image_size, []
     for level in levels:
@@ -79,12 +79,12 @@ def given_faces(lq, hq, restored, checkpoints, *, steps, seed, limit, device, pr
 
     Without checkpoints there is no teacher and no student.
     """
-    pairs, failed = find_pairs(lq, hq, restored, limit)
+    found, failed = find_faces(lq, hq, restored, limit)
     models = load_models(checkpoints, device, precision) if checkpoints else None
     rows = methods(*models, steps, device) if models else {"input": lambda face: face.y}
     rows |= {f"restored {f}": lambda face, k=k: pictures.read_image(face.restored[k]) for k, f in enumerate(restored)}
-    title = f"{lq}, {len(pairs)} pictures" + f", originals in {hq}" * bool(hq) + f", seed {seed}" * bool(models)
-    return rows, [("given", title, given(pairs, lq, hq, seed))], failed
+    title = f"{lq}, {len(found)} pictures" + f", originals in {hq}" * bool(hq) + f", seed {seed}" * bool(models)
+    return rows, [("given", title, given(found, lq, hq, seed))], failed
 
 
 # --- faces x rows -> numbers ------------------------------------------------------------------------------------------

@@ -16,6 +16,19 @@ WINDOW = 8  # tokens a side of a window, and pixels a side of a token
 conv3 = partial(nn.Conv2d, kernel_size=3, padding=1)
 
 
+class SwinBlock(SwinTransformerBlock):
+    """timm's block. The mask of its shifted windows is made once a size, and not at every call."""
+
+    masks = {}
+
+    def get_attn_mask(self, x):
+        key = self.shift_size, x.shape[1:3], x.device, x.dtype
+        if key not in self.masks:
+            with torch.inference_mode(False):  # so that a training may use it, too
+                self.masks[key] = super().get_attn_mask(x)
+        return self.masks[key]
+
+
 class SwinLayer(nn.Module):
     """Swin blocks, every second one shifted by half a window, then a convolution, with a residual around them."""
 
@@ -24,7 +37,7 @@ class SwinLayer(nn.Module):
         # dynamic_mask: for pictures of any size; so input_resolution does not count
         windows = dict(input_resolution=(WINDOW, WINDOW), window_size=WINDOW, always_partition=True, dynamic_mask=True)
         shifts = (WINDOW // 2 * (i % 2) for i in range(depth))
-        blocks = [SwinTransformerBlock(dim, num_heads=heads, shift_size=n, mlp_ratio=2, **windows) for n in shifts]
+        blocks = [SwinBlock(dim, num_heads=heads, shift_size=n, mlp_ratio=2, **windows) for n in shifts]
         for block in blocks:
             block.attn.fused_attn = True  # torch's; timm's default writes the scores out
         self.residual_group = nn.ModuleDict({"blocks": nn.Sequential(*blocks)})
@@ -96,5 +109,5 @@ def drop_buffers(module, state_dict, prefix, *_):
     for key in [k for k in state_dict if k.startswith(prefix) and k.endswith(("attn_mask", "relative_position_index"))]:
         del state_dict[key]
     for block in module.modules():  # and make them, as the network may have been built on the meta device
-        if isinstance(block, SwinTransformerBlock):
+        if isinstance(block, SwinBlock):
             block.attn.init_non_persistent_buffers()

@@ -280,10 +280,10 @@ def test_quality_writes_what_the_pictures_give(tmp_path, monkeypatch):
 
 
 def test_quality_wants_pictures(tmp_path):
-    with pytest.raises(ValueError, match="expected clean faces.*no picture"):
+    with pytest.raises(ValueError, match="expected faces.*got none"):
         faces.find_faces(tmp_path)
     (tmp_path / "a.png").write_text("no picture")
-    with pytest.raises(ValueError, match="1 that cannot be read"):
+    with pytest.raises(ValueError, match="that can be read.*got none"):
         faces.find_faces(tmp_path)
 
 
@@ -389,13 +389,13 @@ def test_pictures_without_a_partner_are_named_and_left_out(given, capsys):
     assert "1 pictures" in (given / "out" / "quality.md").read_text()
     pictures.write_image(given / "lq" / "y.png", torch.rand(3, 32, 40))
     with pytest.raises(ValueError, match="one picture y in .*y.png and .*y.webp"):
-        faces.find_pairs(given / "lq")
+        faces.find_faces(given / "lq")
 
 
 def test_results_beside_their_inputs_are_measured_as_results(tmp_path):
     for name in ("x.png", "x_restored.png", "x_compare.png"):
         pictures.write_image(tmp_path / name, torch.rand(3, 32, 40))
-    ((_, name, paths),), failed = faces.find_pairs(tmp_path, restored=[tmp_path])
+    ((_, name, paths),), failed = faces.find_faces(tmp_path, restored=[tmp_path])
     assert (name, [p.name for p in paths], failed) == ("x.png", ["x.png", "x_restored.png"], 0)
 
 
