@@ -311,7 +311,7 @@ def test_no_face_is_measured_with_a_degradation_that_training_draws(monkeypatch)
     measured = []
     monkeypatch.setattr(degrade, "apply", lambda x, params: measured.append(params) or x)
     monkeypatch.setattr(pictures, "read_image", lambda path: torch.zeros(3, 128, 128))
-    found = [(i, "hopper.png", CLEAN / "hopper.png") for i in range(20)]
+    found = [(i, "hopper.png", [CLEAN / "hopper.png"]) for i in range(20)]
     for seed in range(3):
         list(faces.degraded(found, 128, seed=seed))
     streams = [(seed, face, *repeat) for seed in range(3) for face in range(20) for repeat in ((), (0,), (1,), (2,))]
@@ -322,7 +322,7 @@ def test_no_face_is_measured_with_a_degradation_that_training_draws(monkeypatch)
 def test_a_gray_copy_is_measured_against_a_gray_face(monkeypatch):
     gray = degrade.Params(3, 0.1, 0.1, 0.0, 1, 0, 0, 95, gray=True)
     monkeypatch.setattr(degrade, "sample", lambda *_: gray)
-    ((_, _, x, y, _),) = faces.degraded([(0, "collins.png", CLEAN / "collins.png")], 128)
+    ((_, _, x, y, _),) = faces.degraded([(0, "collins.png", [CLEAN / "collins.png"])], 128)
     assert all(torch.equal(v[0], v[1]) and torch.equal(v[1], v[2]) for v in (x, y)) and (x - y).abs().mean() < 0.02
 
 
