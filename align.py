@@ -36,8 +36,8 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.functional import gaussian_blur
 
-from plumbing.files import make_folder
-from plumbing.landmarks import COLUMNS, face_finder, find_landmarks, write_manifest
+from plumbing.files import make_folder, write_csv
+from plumbing.landmarks import COLUMNS, face_finder, find_landmarks
 from plumbing.pictures import read_image, resize, write_image
 from plumbing.targets import plan_faces
 
@@ -201,7 +201,7 @@ def cut_photos(args):
         except (ValueError, OSError) as e:
             failed += commands.complain(e)
     if rows:
-        write_manifest(args.out / "manifest.csv", rows)
+        write_csv(args.out / "manifest.csv", rows)
     return 1 if failed else 0
 
 

@@ -71,7 +71,7 @@ from PIL import Image, ImageDraw
 import degrade
 from plumbing import devices, offline, shards
 from plumbing.files import read_file
-from plumbing.pictures import decode_image, encode_image, read_image, resize, square, to_uint8, write_image
+from plumbing.pictures import decode_picture, encode_image, read_image, resize, square, to_uint8, write_image
 from plumbing.presets import load_config, locate
 from plumbing.published import load_vae
 from plumbing.shards import CacheDataset, read_meta, weights_sha256
@@ -87,7 +87,7 @@ def degrade_picture(data, name, index, repeat, settings):
     Raises ValueError or OSError if the picture cannot be read, or is too small to be a training face.
     """
     blob, size = read_file(data / name), settings["image_size"]
-    x = decode_image(blob, name)
+    x = decode_picture(blob, name).x
     if min(x.shape[1:]) < settings["min_side"]:
         need = f"a short side of {settings['min_side']} px or more"
         raise ValueError(f"expected {need}, got {x.shape[2]}x{x.shape[1]} in {name}: --min-side 1 takes it")

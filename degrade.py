@@ -39,7 +39,9 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from scipy.fft import next_fast_len
 
 from plumbing.files import make_folder
 from plumbing.pictures import read_image, square, write_image
@@ -67,29 +69,25 @@ def one_pass(y, params, size):
 
     Yields what there is after each of the four: blur, downsampling, noise, JPEG.
     """
-    yield (y := blur(y, _gaussian_kernel(params.kernel_size, params.sigma_x, params.sigma_y, params.theta)))
+    yield (y := blur(y, gaussian_kernel(params.kernel_size, params.sigma_x, params.sigma_y, params.theta).numpy()))
     yield (y := bilinear(y, [max(1, int(n / params.down)) for n in size]))
     yield (y := y + params.noise * np.random.Generator(np.random.PCG64(params.noise_seed)).standard_normal(y.shape))
     yield jpeg(_round8(y), params.jpeg).astype(np.float64)
 
 
 def gaussian_kernel(size, sigma_x, sigma_y, theta):
-    """Gaussian blur kernel k_sigma, (size, size) float32, sum 1, index [row y, column x].
+    """Gaussian blur kernel k_sigma, (size, size) float64, sum 1, index [row y, column x].
 
     size: odd, pixels; sigma_x, sigma_y > 0: standard deviations in pixels along axes turned by theta radians, so the
-    covariance is R diag(sigma_x^2, sigma_y^2) R^T. Computed in float64. Raises ValueError for another size or sigma.
+    covariance is R diag(sigma_x^2, sigma_y^2) R^T. Raises ValueError for another size or sigma.
     """
-    return torch.from_numpy(_gaussian_kernel(size, sigma_x, sigma_y, theta).astype(np.float32))
-
-
-def _gaussian_kernel(size, sigma_x, sigma_y, theta):
     if size < 1 or size % 2 == 0 or not min(sigma_x, sigma_y) > 0:
         raise ValueError(f"expected odd size, sigmas > 0, got {size}, {sigma_x}, {sigma_y}: use size + 1, sigma 0.1")
     y, x = np.mgrid[:size, :size] - size // 2
     u = (x * math.cos(theta) + y * math.sin(theta)) / sigma_x
     v = (y * math.cos(theta) - x * math.sin(theta)) / sigma_y
     k = np.exp(-0.5 * (u**2 + v**2))
-    return k / k.sum()
+    return torch.from_numpy(k / k.sum())
 
 
 def blur(x, kernel):
@@ -99,26 +97,14 @@ def blur(x, kernel):
     """
     pad = kernel.shape[0] // 2
     padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad)), mode="reflect")  # (3, H + 2 pad, W + 2 pad)
-    shape = [_fast_length(n) for n in padded.shape[1:]]
+    shape = [next_fast_len(n, real=True) for n in padded.shape[1:]]
     spectrum = np.fft.rfft2(padded, s=shape) * np.conj(np.fft.rfft2(kernel, s=shape))
     return np.fft.irfft2(spectrum, s=shape)[:, : x.shape[1], : x.shape[2]]  # what wraps around lies beyond H, W
 
 
-def _fast_length(n):
-    while 30**16 % n:  # up to the next product of twos, threes and fives, for which the transform is twice as fast
-        n += 1
-    return n
-
-
 def bilinear(x, size):
     """Bilinear resampling of x (3, h, w) to size = (H, W) like OpenCV: pixel centres, no antialiasing; float64."""
-    for axis, n in ((1, size[0]), (2, size[1])):
-        length = x.shape[axis]
-        position = np.clip((np.arange(n) + 0.5) * (length / n) - 0.5, 0, length - 1)
-        i = np.minimum(position.astype(np.int64), max(length - 2, 0))
-        w = (position - i).reshape((-1, 1) if axis == 1 else (-1,))
-        x = x.take(i, axis) * (1 - w) + x.take(np.minimum(i + 1, length - 1), axis) * w
-    return x
+    return F.interpolate(torch.from_numpy(x)[None], tuple(size), mode="bilinear", align_corners=False)[0].numpy()
 
 
 def jpeg(x, quality):
@@ -239,8 +225,8 @@ def scale_kernel(kernel_size, size):
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
-# The third number in a test's seed. Training draws face i from (seed, i, repeat), and numpy reads (seed, i) as (seed, i, 0):
-# without this number a test would repeat training's degradations. No training repeats a face so often.
+# The third number in a test's seed, where training has a face's repeat (numpy reads (seed, i) as (seed, i, 0)): so no test
+# repeats a degradation of training.
 EVALUATION = 2**32 - 1
 
 

@@ -23,10 +23,9 @@ from pathlib import Path
 
 from plumbing import commands
 from plumbing.commands import real, whole
-from plumbing.presets import LEVELS, RANGES
+from plumbing.presets import LEVELS, NO_REFERENCE, PAIRED, RANGES, SETS
 
-METRICS = ("psnr", "ssim", "mse", "lpips", "lpips-vgg", "fid", "kid", "precision", "musiq", "niqe")
-PAIRED, SETS = METRICS[:5], METRICS[5:8]  # need an original; compare two folders
+METRICS = (*PAIRED, *SETS, *NO_REFERENCE)
 DEFAULT = ["psnr", "ssim", "lpips"]
 SEED = whole(0, 2**62 - 1)  # a face's own seed is this one plus its index
 

@@ -103,9 +103,11 @@ class PMRF(nn.Module):
         """The teacher with published weights, float32, eval mode: a hub id, a folder like one, or a Lightning .ckpt.
 
         The files' num_flow_steps is what training was validated with (50 in PMRF's script); steps stays the paper's 25.
-        FileNotFoundError if nothing is there, ValueError if a file is cut, foreign or of another size.
+        OSError if nothing is there, or if a file is cut, foreign or of another size.
         """
-        with published.loading_pmrf(name_or_folder):
+        with published.loading(
+            "teacher as PMRF published it", name_or_folder, "config.json and model.safetensors, 0.7 GB"
+        ):
             settings, weights, average = published.read_pmrf(name_or_folder)
             with torch.device("meta"):  # random weights would be replaced at once: make none
                 swinir, hdit = SwinIR(**settings.pop("swinir")), HDiT(**settings.pop("hdit"))

@@ -14,11 +14,11 @@ from pathlib import Path
 from evaluation.faces import degraded, find_faces
 from evaluation.metrics import values_of
 from evaluation.quality import student_row
-from evaluation.tables import TITLES, interval, markdown, spread, write_csv, write_text
+from evaluation.tables import TITLES, interval, markdown, spread, write_text
 from plumbing.commands import say
 from plumbing.devices import prepare
-from plumbing.files import make_folder
-from plumbing.presets import ROOT, load_config, locate, newest_checkpoint
+from plumbing.files import make_folder, write_csv
+from plumbing.presets import ROOT, check_same, load_config, locate, newest_checkpoint
 from plumbing.shards import read_meta
 from student import Student
 
@@ -47,10 +47,9 @@ def ablation(data, cache, out, *, steps, seeds, batch, precision, ranges, limit,
     """Trains every row of ABLATION with every seed and measures it; ablation.csv and ablation.md in `out` grow row by row.
 
     steps: training steps a stage; measures: quality.Measures. The same call again trains only what is missing. Returns the
-    number of faces that could not be read. ValueError if there is none left, or a run cannot be trained or does not belong to
-    these settings.
+    number of faces that could not be read. ValueError if none is left, or a run cannot be trained or has other settings.
     """
-    found, failed = find_faces(data, limit)
+    found, failed = find_faces(data, limit=limit)
     make_folder(out)
     meta, lines, sets = read_meta(cache), [], {}
     note = (
@@ -96,9 +95,7 @@ def train(folder, steps, cache, options, init=()):
     """
     wanted, note = {"steps": steps, "options": list(map(str, options)), **sources(cache)}, folder / "trained.json"
     if note.is_file():
-        before = json.loads(note.read_text())
-        if differ := ", ".join(f"{k} {before.get(k)} (now {v})" for k, v in wanted.items() if before.get(k) != v):
-            raise ValueError(f"expected in {folder} a run of these options, got another: {differ}: delete it")
+        check_same(json.loads(note.read_text()), wanted, f"the run in {folder}", "delete it")
         newest_checkpoint(folder)
         return
     command = [sys.executable, ROOT / "train.py", "--out", folder, "--steps", steps, "--cache", cache, *options, *init]
@@ -119,8 +116,7 @@ def sources(cache):
 
 
 def ablation_table(lines, sets):
-    """Markdown: mean over seeds (lowest to highest) of each measure, and the LPIPS beyond the first row's with its interval;
-    below it Fig. 6's rows.
+    """Markdown: each measure's mean over seeds (lowest to highest), LPIPS minus the first row's with interval; Fig. 6's rows.
 
     lines: a dict a row, seed and face; sets: {row: [{measure of a set: value}, one a seed]}.
     """

@@ -1,7 +1,7 @@
 """The faces that evaluate.py measures: clean ones, degraded here, or given pairs of degraded and original (paper Sec. 4).
 
 Usage: for face in degraded(find_faces("faces/val")[0], 128): measure(method(face), face.x)
-       for face in given(find_pairs("test/lq", "test/hq")[0], "test/lq", "test/hq"): ...
+       for face in given(find_faces("test/lq", "test/hq")[0], "test/lq", "test/hq"): ...
 """
 
 import collections
@@ -21,47 +21,18 @@ from plumbing.targets import without_results
 Face = collections.namedtuple("Face", "name seed x y restored", defaults=((),))
 
 
-# --- clean faces, degraded here ---------------------------------------------------------------------------------------
+# --- finding ----------------------------------------------------------------------------------------------------------
 
 
-def find_faces(data, limit=None):
-    """[(index, name, path), ...] of the first `limit` pictures of a folder, and the number of those that cannot be read.
+def find_faces(folder, hq=None, restored=(), limit=None):
+    """[(index, name, paths), ...] of the first `limit` faces in a folder, and the number of those left out.
 
-    These are named on stderr. The index counts them too, so that the degradations of the other faces stay as they were.
-    ValueError if no picture is left.
-    """
-    found = find_images([data])[:limit]
-    good = [(i, relative(path, data), path) for i, path in enumerate(found) if readable(path)]
-    if not good:
-        got = f"{len(found)} that cannot be read" if found else "no picture"
-        raise ValueError(f"expected clean faces in {data}, got {got}: name another folder")
-    return good, len(found) - len(good)
-
-
-def degraded(found, size, level="default", ranges="difface", seed=0):
-    """Yields a Face of `size` px with seed + index for each one found.
-
-    found: from find_faces; level: "default" (drawn from `ranges`) or a name in degrade.LEVELS.
-    """
-    for i, name, path in tqdm(found, desc=level, disable=None):
-        x = pictures.square(pictures.read_image(path), size)
-        rng = np.random.default_rng((seed, i, degrade.EVALUATION))
-        params = degrade.sample(rng, ranges, size) if level == "default" else degrade.level(level, size, seed + i)
-        x = degrade.to_gray(x) if params.gray else x  # a gray copy has a gray original
-        yield Face(name, seed + i, x, degrade.apply(x, params))
-
-
-# --- given pictures ---------------------------------------------------------------------------------------------------
-
-
-def find_pairs(lq, hq=None, restored=(), limit=None):
-    """[(index, name, paths), ...] of the first `limit` faces in the folder `lq`, and the number of those left out.
-
-    paths: of the same name, whatever the suffix, in lq, in the folder of originals hq if there is one, and in each folder of
+    paths: of the same name, whatever the suffix, in it, in the folder of originals hq if there is one, and in each folder of
     `restored`, where what restore.py writes counts too: *_restored. A face that lacks a partner, or cannot be read, is named
-    on stderr. ValueError if none is left, or two pictures of a folder have one name.
+    on stderr; the index counts it too, so that the others' degradations stay. ValueError if none is left, or two pictures of
+    a folder have one name.
     """
-    folders = [lq, *([hq] if hq else []), *restored]
+    folders = [folder, *([hq] if hq else []), *restored]
     files = [by_name(folder, results=k >= len(folders) - len(restored)) for k, folder in enumerate(folders)]
     names = list(files[0])[:limit] if limit else dict.fromkeys(name for own in files for name in own)
     good = []
@@ -71,10 +42,10 @@ def find_pairs(lq, hq=None, restored=(), limit=None):
             lacking = ", ".join(str(folder) for folder, path in zip(folders, paths, strict=True) if path is None)
             complain(f"expected a picture {name} in each folder, got none in {lacking}: left out")
         elif all([readable(path) for path in paths]):
-            good.append((i, relative(paths[0], lq), paths))
+            good.append((i, relative(paths[0], folder), paths))
     if not good:
-        where = " and ".join(map(str, folders))
-        raise ValueError(f"expected pictures of the same names in {where}, got none: check the folders")
+        where = " and, by the same names, ".join(map(str, folders))
+        raise ValueError(f"expected faces that can be read in {where}, got none: name another folder")
     return good, len(names) - len(good)
 
 
@@ -92,17 +63,6 @@ def by_name(folder, results):
     return files | restored  # a result rather than the input beside it
 
 
-def given(pairs, lq, hq=None, seed=0):
-    """Yields a Face with seed + index, at the size of its files, for each of find_pairs."""
-    for i, name, paths in tqdm(pairs, desc=str(lq), disable=None):
-        first, *others = paths
-        x = pictures.read_image(others.pop(0)) if hq else None
-        yield Face(name, seed + i, x, pictures.read_image(first), others)
-
-
-# --- both -------------------------------------------------------------------------------------------------------------
-
-
 def readable(path):
     """Whether a picture can be read; if not, it is named on stderr."""
     try:
@@ -115,3 +75,27 @@ def readable(path):
 def relative(path, folder):
     """The path of a picture in a folder, with / on every system; of a picture that was named itself its name."""
     return path.relative_to(folder).as_posix() if Path(folder).is_dir() else path.name
+
+
+# --- clean faces, degraded here, or given pictures --------------------------------------------------------------------
+
+
+def degraded(found, size, level="default", ranges="difface", seed=0):
+    """Yields a Face of `size` px with seed + index for each one found.
+
+    found: from find_faces; level: "default" (drawn from `ranges`) or a name in degrade.LEVELS.
+    """
+    for i, name, (path,) in tqdm(found, desc=level, disable=None):
+        x = pictures.square(pictures.read_image(path), size)
+        rng = np.random.default_rng((seed, i, degrade.EVALUATION))
+        params = degrade.sample(rng, ranges, size) if level == "default" else degrade.level(level, size, seed + i)
+        x = degrade.to_gray(x) if params.gray else x  # a gray copy has a gray original
+        yield Face(name, seed + i, x, degrade.apply(x, params))
+
+
+def given(found, lq, hq=None, seed=0):
+    """Yields a Face with seed + index, at the size of its files, for each one found."""
+    for i, name, paths in tqdm(found, desc=str(lq), disable=None):
+        first, *others = paths
+        x = pictures.read_image(others.pop(0)) if hq else None
+        yield Face(name, seed + i, x, pictures.read_image(first), others)

@@ -14,6 +14,7 @@ import io
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.functional import to_pil_image
 
 import degrade
 import sgcl
@@ -29,7 +30,6 @@ from teacher import PMRF
 
 DATA = ROOT / "docs" / "data"  # the validation's CSVs
 FACE = ROOT / "samples" / "clean" / "collins.png"
-MAX_BYTES = 300_000
 
 
 class Models:
@@ -188,36 +188,29 @@ def draw(rows, side):
     for j, row in enumerate(rows):
         for i, (caption, x) in enumerate(row):
             left, upper = i * width + gap, j * height + top
-            tile = image(x[0] if x.ndim == 4 else x)
+            tile = to_pil_image(pictures.to_uint8(x[0] if x.ndim == 4 else x))
             how = Image.Resampling.NEAREST if tile.width < side else Image.Resampling.LANCZOS
             sheet.paste(tile.resize((side, side), how), (left, upper))
             pen.text((left, upper - 3), caption, "black", font, anchor="ld")
     return sheet
 
 
-def image(x):
-    return Image.fromarray(pictures.to_uint8(x).permute(1, 2, 0).contiguous().numpy())
-
-
-def jpeg(sheet):
-    """The bytes of a picture as JPEG, of the best quality that MAX_BYTES allows."""
-    for quality in range(92, 20, -4):
-        f = io.BytesIO()
-        sheet.save(f, "JPEG", quality=quality, subsampling=0)
-        if f.tell() <= MAX_BYTES:
-            break
+def jpeg(sheet, quality):
+    """The bytes of a picture as JPEG, without chroma subsampling."""
+    f = io.BytesIO()
+    sheet.save(f, "JPEG", quality=quality, subsampling=0)
     return f.getvalue()
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
-PICTURES = {  # file: its rows, the side of a tile in pixels
-    "sec4-degradation.jpg": (degradation, 192),
-    "eq2-4-transport.jpg": (transport, 192),
-    "sec32-bridge.jpg": (bridge, 224),
-    "eq5-one-step.jpg": (one_step, 256),
-    "sec331-adapter.jpg": (adapter, 256),
-    "eq7-9-sgcl.jpg": (critic, 160),
+PICTURES = {  # file: its rows, the side of a tile in pixels, the quality of JPEG that keeps it below 300 kB
+    "sec4-degradation.jpg": (degradation, 192, 92),
+    "eq2-4-transport.jpg": (transport, 192, 80),
+    "sec32-bridge.jpg": (bridge, 224, 92),
+    "eq5-one-step.jpg": (one_step, 256, 92),
+    "sec331-adapter.jpg": (adapter, 256, 92),
+    "eq7-9-sgcl.jpg": (critic, 160, 60),
 }
 
 
@@ -237,8 +230,8 @@ def figures(out, quality=None, ablation=None):
         else:
             say(f"{out / name}: left out, there is no {DATA / ours}")
     models = Models()
-    for name, (rows, side) in PICTURES.items():
-        write_bytes(out / name, jpeg(draw(rows(models), side)))
+    for name, (rows, side, quality) in PICTURES.items():
+        write_bytes(out / name, jpeg(draw(rows(models), side), quality))
         say(out / name)
     write_text(out / "sec331-token.svg", tokens(models))
     say(out / "sec331-token.svg")

@@ -22,10 +22,8 @@ from evaluation.identity import Identity
 from plumbing.commands import optional
 from plumbing.files import READ, find_images
 from plumbing.pictures import resize
+from plumbing.presets import NO_REFERENCE, PAIRED, SETS
 from plumbing.published import load_lpips, lpips_of
-
-PAIRED, NO_REFERENCE = ("psnr", "ssim", "mse", "lpips", "lpips-vgg"), ("musiq", "niqe")
-SETS = ("fid", "kid", "precision")
 
 
 def psnr(a, b):

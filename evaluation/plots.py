@@ -3,25 +3,12 @@
 A plot is the text of an SVG file (evaluation/svg.py). The CSVs are those that `evaluate.py quality` and `ablation` write.
 """
 
-import csv
-
 import numpy as np
 
 from evaluation.metrics import mean_interval, values_of
 from evaluation.quality import CEILING
 from evaluation.svg import COLOURS, Axes, limits, svg, text
-
-
-def read_csv(path, needed):
-    """The lines of a CSV as dicts. ValueError if it lacks a column of `needed` or has no line, OSError if it is not there."""
-    if not path.is_file():
-        raise FileNotFoundError(f"expected a CSV of evaluate.py at {path}, found none: check the path")
-    with open(path, encoding="utf-8", newline="") as f:
-        lines = list(csv.DictReader(f))
-    lacking = [name for name in needed if not lines or name not in lines[0]]
-    if lacking:
-        raise ValueError(f"expected a CSV of evaluate.py with {', '.join(needed)}, {path} has no {', '.join(lacking)}")
-    return lines
+from plumbing.files import read_csv
 
 
 def plane(path):
@@ -68,8 +55,7 @@ def ablation_bars(path):
         x = limits([0, *(v for d in differences for v in d)])
         a = Axes((names + 390 * k, 40, 350, height), x, (len(rows), 0), title, f"better to the {better}", y_ticks=[])
         for i, (mean, low, high) in enumerate(differences):
-            good = (low > 0) if better == "right" else (high < 0)
-            bad = (high < 0) if better == "right" else (low > 0)
+            good, bad = (low > 0, high < 0) if better == "right" else (high < 0, low > 0)
             a.bar(0, mean, i + 0.2, i + 0.8, COLOURS[2] if good else COLOURS[1] if bad else COLOURS[6])
             a.line((low, high), (i + 0.5, i + 0.5), "currentColor")
         a.line((0, 0), a.y, "currentColor", 1)

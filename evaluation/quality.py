@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluation.faces import degraded, find_faces, find_pairs, given
-from evaluation.metrics import SETS, PictureMetrics, set_metrics, values_of
-from evaluation.tables import TITLES, interval, markdown, write_csv, write_text
+from evaluation.faces import degraded, find_faces, given
+from evaluation.metrics import PictureMetrics, set_metrics, values_of
+from evaluation.tables import TITLES, interval, markdown, write_text
 from plumbing import pictures
 from plumbing.commands import optional, say
 from plumbing.devices import prepare, synchronize
-from plumbing.files import make_folder
-from plumbing.presets import locate
+from plumbing.files import make_folder, write_csv
+from plumbing.presets import SETS, locate
 from restore import restore
 from student import Student, decode, encode
 from teacher import PMRF
@@ -59,18 +59,18 @@ def student_row(student, color_fix, device):
     return lambda face: restore(student, student.image_size, [face.y], color_fix, device)[0]
 
 
-# --- what is compared on what: rows, [(level, title, number of faces, faces), ...], number of pictures left out ----------
+# --- what is compared on what: rows, [(level, title, faces), ...], number of pictures left out -------------------------
 
 
 def clean_faces(data, checkpoints, *, steps, levels, ranges, seed, limit, device, precision):
     """Clean faces of a folder, brought to the models' size and degraded here, once for each of levels."""
-    found, failed = find_faces(data, limit)
+    found, failed = find_faces(data, limit=limit)
     students, teacher = load_models(checkpoints, device, precision)
     size, tables = next(iter(students.values())).image_size, []
     for level in levels:
         drawn = f"drawn from {ranges}" if level == "default" else f"level {level}"
         title = f"{drawn}, seed {seed}, {len(found)} faces at {size} px"
-        tables.append((level, title, len(found), degraded(found, size, level, ranges, seed)))
+        tables.append((level, title, degraded(found, size, level, ranges, seed)))
     return methods(students, teacher, steps, device), tables, failed
 
 
@@ -79,12 +79,12 @@ def given_faces(lq, hq, restored, checkpoints, *, steps, seed, limit, device, pr
 
     Without checkpoints there is no teacher and no student.
     """
-    pairs, failed = find_pairs(lq, hq, restored, limit)
+    found, failed = find_faces(lq, hq, restored, limit)
     models = load_models(checkpoints, device, precision) if checkpoints else None
     rows = methods(*models, steps, device) if models else {"input": lambda face: face.y}
     rows |= {f"restored {f}": lambda face, k=k: pictures.read_image(face.restored[k]) for k, f in enumerate(restored)}
-    title = f"{lq}, {len(pairs)} pictures" + f", originals in {hq}" * bool(hq) + f", seed {seed}" * bool(models)
-    return rows, [("given", title, len(pairs), given(pairs, lq, hq, seed))], failed
+    title = f"{lq}, {len(found)} pictures" + f", originals in {hq}" * bool(hq) + f", seed {seed}" * bool(models)
+    return rows, [("given", title, given(found, lq, hq, seed))], failed
 
 
 # --- faces x rows -> numbers ------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def quality(rows, tables, out, measures):
     """
     make_folder(out)
     lines, texts = [], []
-    for level, title, _, faces in tables:
+    for level, title, faces in tables:
         done, sets = measures(rows, faces, out)
         texts.append(f"## {title}{measures.note()}\n\n{quality_table(done, sets)}")
         say(texts[-1])

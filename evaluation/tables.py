@@ -1,7 +1,4 @@
-"""How numbers are written down: titles and digits of the measures, Markdown tables, CSV files; nothing else."""
-
-import csv
-import io
+"""How numbers are written down: titles and digits of the measures, Markdown tables; nothing else."""
 
 from evaluation.metrics import mean_interval
 from plumbing.files import make_folder, write_bytes
@@ -40,15 +37,6 @@ def markdown(header, rows):
     """A Markdown table: the first column is text, the others are numbers."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "".join("| " + " | ".join(str(c) for c in line) + " |\n" for line in lines)
-
-
-def write_csv(path, lines):
-    """A list of dicts with the same keys as CSV."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    write_text(path, text.getvalue())
 
 
 def write_text(path, text):

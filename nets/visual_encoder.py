@@ -5,12 +5,12 @@ The published network: 1-D convolutions that take the 197 tokens for channels an
 names (blocks.0.weight ...): 12,960,845 parameters. Source: sen-mao/InterLCM; trained in Stage A, frozen in Stage B.
 """
 
+from functools import partial
+
 import torch.nn as nn
 import torch.nn.functional as F
 
-
-def group_norm(channels):
-    return nn.GroupNorm(32, channels, eps=1e-6)
+group_norm = partial(nn.GroupNorm, 32, eps=1e-6)
 
 
 class ResBlock1d(nn.Module):

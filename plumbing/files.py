@@ -4,8 +4,10 @@ Usage: for path in find_images(["folder", "face.png"]): write_bytes(make_folder(
 """
 
 import contextlib
+import csv
 import errno
 import importlib.util
+import io
 import os
 import secrets
 import unicodedata
@@ -93,7 +95,7 @@ def read_file(path):
     try:
         return Path(path).read_bytes()
     except FileNotFoundError as e:
-        raise FileNotFoundError(f"expected a picture, got {path}, which does not exist: check the path") from e
+        raise FileNotFoundError(f"expected a file, got {path}, which does not exist: check the path") from e
     except OSError as e:
         raise type(e)(f"expected a file that can be read, got {path} ({e.strerror}): check it or leave it out") from e
 
@@ -114,6 +116,27 @@ def write_bytes(path, data):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def read_csv(path, needed):
+    """The rows of a CSV file, dicts. ValueError if it has none, or lacks a column of `needed`; OSError as read_file."""
+    text = read_file(path).decode("utf-8-sig", "surrogateescape")
+    try:
+        rows = list(csv.DictReader(io.StringIO(text)))
+    except csv.Error as e:
+        raise ValueError(f"expected a CSV file, got {path} ({e}): write it anew") from e
+    if missing := [name for name in needed if not rows or name not in rows[0]]:
+        raise ValueError(f"expected rows with {', '.join(needed)} in {path}, got no {', '.join(missing)}: add it")
+    return rows
+
+
+def write_csv(path, rows):
+    """Writes a CSV file, whole or not at all. rows: dicts with one set of keys, which name the columns."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_bytes(path, text.getvalue().encode(errors="surrogateescape"))  # a file name need not be valid UTF-8
 
 
 def make_folder(path):

@@ -9,15 +9,13 @@ Usage: for points, spread in find_landmarks(read_image("photo.jpg")): ...
 """
 
 import contextlib
-import csv
 import functools
-import io
 
 import numpy as np
 import torch
 
 from plumbing.commands import optional
-from plumbing.files import read_file, write_bytes
+from plumbing.files import read_csv
 from plumbing.pictures import resize, to_uint8
 
 LONG_SIDE = 1280  # px, to which a photo is reduced; so a face's cost does not depend on the camera
@@ -121,16 +119,9 @@ def read_landmarks(path):
     Its first row names the columns: `photo`, a photo's path or file name, and COLUMNS, in any order among others, so that
     align.py's manifest.csv is such a file. OSError if there is no such file, ValueError if it says something else.
     """
-    try:
-        rows = csv.DictReader(io.StringIO(read_file(path).decode("utf-8-sig", "surrogateescape")))
-        missing = sorted({"photo", *COLUMNS} - set(rows.fieldnames or ()))
-    except csv.Error as e:
-        raise ValueError(f"expected a CSV file, got {path} ({e}): write it anew") from e
-    if missing:
-        raise ValueError(f"expected columns photo, {', '.join(COLUMNS)} in {path}, got no {missing[0]}: add it")
     faces = {}
-    for row in rows:
-        faces.setdefault(row["photo"], []).append((_row_points(row, f"{path}, line {rows.line_num}"), 0.0))
+    for line, row in enumerate(read_csv(path, ("photo", *COLUMNS)), start=2):
+        faces.setdefault(row["photo"], []).append((_row_points(row, f"{path}, line {line}"), 0.0))
     return {photo: sorted(found, key=lambda face: -eye_distance(face[0])) for photo, found in faces.items()}
 
 
@@ -140,12 +131,3 @@ def _row_points(row, where):
         if points.isfinite().all() and eye_distance(points) > 0:
             return points
     raise ValueError(f"expected ten finite numbers, the two eyes apart, got others in {where}: mend it")
-
-
-def write_manifest(path, rows):
-    """Writes a CSV file of one row a face, whole or not at all. rows: dicts with one set of keys, which name the columns."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_bytes(path, text.getvalue().encode("utf-8", "surrogateescape"))

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from plumbing import commands
 from plumbing.files import READ, find_images, make_folder, write_bytes
 from plumbing.pipeline import beside
+from plumbing.presets import check_same
 from plumbing.shards import read_records, settings_of, write_shard
 
 MAX_SHARD = 256  # samples; about 120 MB at 512 px
@@ -69,9 +70,7 @@ def begin(out, settings, rank):
         return write_json(out / "settings.json", settings)
     # what is finished stays good when libraries change, or this program learns a setting
     known = {key: now for key, now in settings.items() if not (done and (key == "versions" or key not in before))}
-    was = ", ".join(f"{key} {before.get(key)} (now {now})" for key, now in known.items() if before.get(key) != now)
-    if was:
-        raise ValueError(f"expected the settings of the cache in {out}, got others: {was}: delete it or change --out")
+    check_same(before, known, f"the cache in {out}", "delete it or change --out")
 
 
 def make_shards(todo, make, settings, workers, rank):

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 
 from plumbing.colours import SRGB, to_srgb
 from plumbing.files import NEEDS, SUFFIXES, read_file, write_bytes
@@ -67,16 +67,11 @@ def read_picture(path, metadata="basic"):
     return decode_picture(read_file(path), path, metadata)
 
 
-def decode_image(data, name):
-    """As read_image, of a file's bytes; name stands for the file in messages."""
-    return decode_picture(data, name).x
-
-
 def decode_picture(data, name, metadata="basic"):
     """As read_picture, of a file's bytes; name stands for the file in messages."""
     try:
         image = _load(data, name)
-        return Picture(*_to_tensors(_turned(image), name), keep_exif(image, metadata))
+        return Picture(*_to_tensors(image, name), keep_exif(image, metadata))
     except Refused:
         raise
     except MemoryError:
@@ -88,7 +83,7 @@ def decode_picture(data, name, metadata="basic"):
 
 
 def _load(data, name):
-    """A Pillow image, decoded. Where Pillow trips over what stands beside a PNG's pixels, it is read without that."""
+    """A Pillow image, upright. Where Pillow trips over what stands beside a PNG's pixels, it is read without that."""
     tries = [None]  # which ancillary chunks are kept; None: all that there is
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         tries += [(b"tRNS", b"eXIf", b"iCCP"), (b"tRNS",)]
@@ -118,6 +113,8 @@ def _decoded(data, name):
     if image.mode == "F" or (image.mode, image.format) == ("I", "TIFF"):
         raise Refused(f"expected 8 or 16 bits a channel, got 32 in {name}: convert it first")
     image.load()
+    with contextlib.suppress(Exception):  # the EXIF data may be damaged where the picture is whole
+        ImageOps.exif_transpose(image, in_place=True)  # turns first, and then writes the rest of the data anew
     return image
 
 
@@ -132,19 +129,6 @@ def _bare_png(data, kept):
             chunks.append(chunk)
         start += len(chunk)
     return b"".join(chunks)
-
-
-TURNS = {  # EXIF 2.3, tag 0x0112: how the stored picture becomes upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
-
-
-def _turned(image):
-    orientation = None
-    with contextlib.suppress(Exception):  # the EXIF data may be damaged where the picture is whole
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
 
 
 def _to_tensors(image, name):

@@ -15,6 +15,8 @@ RANGES = ("difface", "gfpgan", "codeformer", "codeformer-large", "realesrgan")  
 LEVELS = ("light", "medium", "heavy")
 ADAPTERS = ("zero-linear", "scalar-gate", "none")  # of adapter.py
 ENTRIES = ("mean", "clean", "noised")  # of student.py
+PAIRED, SETS = ("psnr", "ssim", "mse", "lpips", "lpips-vgg"), ("fid", "kid", "precision")  # of evaluation/metrics.py:
+NO_REFERENCE = ("musiq", "niqe")  # the first need an original, the second compare two folders
 
 PAPER = {
     "preset": "paper",
@@ -81,3 +83,9 @@ def locate(name):
     if str(name).startswith("tiny/"):
         raise FileNotFoundError(f"expected {name} in this repository, it is missing: restore it from git")
     return str(name)
+
+
+def check_same(before, now, what, remedy):
+    """ValueError that names all settings of the dict `now` that the dict `before`, the settings of `what`, has otherwise."""
+    if differ := ", ".join(f"{k} = {before.get(k)!r} (now {v!r})" for k, v in now.items() if before.get(k) != v):
+        raise ValueError(f"expected the settings of {what}, got others: {differ}: {remedy}")

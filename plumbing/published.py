@@ -33,9 +33,18 @@ def loading(what, name, size):
     try:
         yield
     except Exception as e:  # huggingface_hub, safetensors, timm and diffusers each have errors of their own
-        remedy = "restore that folder" if Path(locate(name)).exists() else f"online, run hf download {name}"
-        got = f"could not load it ({type(e).__name__}: {' '.join(str(e).split())[:160]})"
-        raise OSError(f"expected the {what} ({size}) at {name!r}, {got}: {remedy}") from None
+        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(name))
+        remedy = f"online, run hf download {name}" if hub else "check the path, or replace that file"
+        remedy = "restore that folder" if Path(locate(name)).is_dir() else remedy
+        raise OSError(f"expected the {what} ({size}) at {name}, could not load it ({one_line(e)}): {remedy}") from None
+
+
+def one_line(error):
+    """What was wrong with a file, from whatever error it caused; of all keys that do not fit, the first and the last."""
+    lines = [line.strip()[:200] for line in str(error).splitlines()] or ["nothing in it"]
+    lines = dict.fromkeys((lines[1], lines[-1])) if "loading state_dict" in lines[0] else lines[:1]
+    kind = "" if type(error) in (ValueError, RuntimeError) else f"{type(error).__name__}: "
+    return kind + "; ".join(lines)
 
 
 def fetch(name, file):
@@ -166,24 +175,16 @@ HDIT |= dict(kernel_sizes=[7, 7, None], d_head=64, mapping_width=768, mapping_de
 PMRF_KEY = re.compile(r"model\.|mmse_model\.")  # a training checkpoint has its metrics' networks, too
 
 
-@contextlib.contextmanager
-def loading_pmrf(source):
-    """As `loading`, for PMRF: a missing file stays a FileNotFoundError, a cut or foreign one is a ValueError."""
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as e:  # a foreign file can fail in any way
-        raise ValueError(f"{source}: expected PMRF as published, got {one_line(e)}; check download and sizes") from None
-
-
 def read_pmrf(name_or_folder):
     """A hub id, a folder like one, or a Lightning .ckpt -> its settings, weights {name: tensor}, averaged weights or None.
 
     Settings: "swinir" and "hdit" (arguments of these classes), "sigma_s", "t_eps". The average is a list in HDiT's order.
     """
-    source = Path(name_or_folder)
-    config, weights, average = read_lightning(source) if source.suffix == ".ckpt" else read_repository(source)
+    if Path(name_or_folder).suffix == ".ckpt":
+        config, weights, average = read_lightning(name_or_folder)
+    else:
+        config = json.loads(fetch(name_or_folder, "config.json").read_text())
+        weights, average = load_file(fetch(name_or_folder, "model.safetensors")), None
     if not isinstance(config, dict):
         raise ValueError(f"settings of type {type(config).__name__} instead of a dict")
     settings = {"swinir": sizes(config, "swinir"), "hdit": sizes(config, "hdit")}
@@ -205,8 +206,8 @@ def fill_pmrf(pmrf, weights, average):
 def write_pmrf(folder, config, pmrf, dtype):
     """config.json and model.safetensors as published, no half files; parameters in dtype, buffers as they are."""
     config = {"arch": "hdit", "mmse_model_arch": "swinir", "stage": "flow", "conditional": False} | config
-    weights = {k: p.detach().to("cpu", dtype).contiguous() for k, p in pmrf.named_parameters()}
-    weights |= {k: b.cpu() for k, b in pmrf.named_buffers()}  # the frequencies of time stay float32
+    weights = {k: b.cpu() for k, b in pmrf.state_dict().items()}  # the frequencies of time stay float32
+    weights |= {k: p.detach().to("cpu", dtype).contiguous() for k, p in pmrf.named_parameters()}
     write_bytes(make_folder(folder) / "model.safetensors", save(weights, {"format": "pt"}))
     write_bytes(Path(folder) / "config.json", json.dumps(config, indent=1).encode() + b"\n")
 
@@ -220,26 +221,8 @@ def sizes(config, net):
     return config.get(net, known)
 
 
-def read_repository(path):
-    """config, weights, None from config.json and model.safetensors of a folder or a hub repository."""
-    names = ("config.json", "model.safetensors")
-    need = f"{path}: expected a .ckpt, or a folder or hub repository with {names[0]} and {names[1]} (published: 0.7 GB)"
-    missing = " and no ".join(name for name in names if not (path / name).is_file())
-    if missing and path.is_dir():
-        raise FileNotFoundError(f"{need}, got no {missing}: copy both there")
-    if missing and (path.is_absolute() or len(path.parts) != 2):  # no owner/name
-        raise FileNotFoundError(f"{need}, got none of them: check the path")
-    try:
-        files = [fetch(path, name) for name in names]
-    except Exception as e:  # offline, unknown, gated: all the same to the user
-        raise FileNotFoundError(f"{need}, got {type(e).__name__}: online, run hf download {path}") from None
-    return json.loads(files[0].read_text()), load_file(files[1]), None
-
-
 def read_lightning(path):
     """config, weights, averaged parameters of the flow (a list in HDiT's order) from a training checkpoint."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a Lightning checkpoint, got no file: check the path")
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:  # its own text advises to load the file without that check, which may run code
@@ -249,11 +232,3 @@ def read_lightning(path):
         return ckpt["hyper_parameters"], dict(ckpt["state_dict"]), list(ckpt["ema"]["shadow_params"])
     except (LookupError, TypeError, ValueError, AttributeError):
         raise ValueError("a file without hyper_parameters, state_dict or ema.shadow_params") from None
-
-
-def one_line(error):
-    """What was wrong with a file, from whatever error it caused; of all keys that do not fit, the first and the last."""
-    lines = [line.strip()[:200] for line in str(error).splitlines()] or ["nothing in it"]
-    lines = dict.fromkeys((lines[1], lines[-1])) if "loading state_dict" in lines[0] else lines[:1]
-    kind = "" if type(error) in (ValueError, RuntimeError) else f"{type(error).__name__}: "
-    return kind + "; ".join(lines)

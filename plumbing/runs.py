@@ -21,7 +21,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from plumbing import files, pictures
-from plumbing.presets import load_config, steps_in
+from plumbing.presets import check_same, load_config, steps_in
 from plumbing.shards import weights_sha256
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -45,14 +45,11 @@ def settings(args, config, meta):
 
 
 def check_settings(folder, now, otherwise="another --out"):
-    """ValueError that names the first setting of the checkpoint that differs from `now`."""
-    config = load_config(folder)
-    for name, value in now.items():
-        if name == "init" and value and os.path.realpath(value) == os.path.realpath(config.get(name) or ""):
-            continue  # a path may be relative in one run and absolute in the next
-        if config.get(name) != value:
-            before = f"{name} = {config.get(name)!r}, as in {folder}"
-            raise ValueError(f"expected {before}, got {value!r}: give the same, or {otherwise}")
+    """ValueError that names the settings of the checkpoint that differ from `now`."""
+    before = load_config(folder)
+    if now.get("init") and os.path.realpath(now["init"]) == os.path.realpath(before.get("init") or ""):
+        now = now | {"init": before["init"]}  # a path may be relative in one run and absolute in the next
+    check_same(before, now, folder, f"give the same, or {otherwise}")
 
 
 def check_init(config, args, meta):

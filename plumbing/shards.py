@@ -3,7 +3,6 @@
 Pictures: (3, H, W) float32 in [0, 1], kept as lossless WebP of 8 bits a channel. Latents: (C, h, w), kept as float16.
 """
 
-import bisect
 import contextlib
 import hashlib
 import json
@@ -17,7 +16,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from plumbing.files import write_bytes
-from plumbing.pictures import decode_image
+from plumbing.pictures import decode_picture
 
 CHECKED = 8  # samples a shard whose latent `check` decodes
 MIN_PSNR = 18.0  # dB, decoded target latent against X†; two faces have at most about 16 to each other
@@ -32,10 +31,10 @@ class CacheDataset(torch.utils.data.Dataset):
 
     def __init__(self, folder, meta=None):
         self.folder, self.meta, self.files = Path(folder), meta or read_meta(folder), {}
-        self.ends = list(accumulate(shard["count"] for shard in self.meta["shards"]))
+        self.places = [(k, j) for k, shard in enumerate(self.meta["shards"]) for j in range(shard["count"])]
 
     def __len__(self):
-        return self.meta["count"]
+        return len(self.places)
 
     def __getitem__(self, i):
         f, j = self.locate(i)
@@ -48,12 +47,10 @@ class CacheDataset(torch.utils.data.Dataset):
         return records_of(f)["samples"][j]
 
     def locate(self, i):
-        if not 0 <= i < len(self):
-            raise IndexError(f"expected a sample 0 to {len(self) - 1}, got {i}")
-        k = bisect.bisect_right(self.ends, i)
+        k, j = self.places[i]
         if k not in self.files:  # opened (mapped into memory) at the first use, by each worker process for itself
             self.files[k] = safe_open(self.folder / self.meta["shards"][k]["file"], "pt")
-        return self.files[k], i - self.ends[k] + self.meta["shards"][k]["count"]
+        return self.files[k], j
 
     def __getstate__(self):
         return self.__dict__ | {"files": {}}
@@ -81,7 +78,8 @@ def read_meta(folder):
 def picture(f, name, j):
     """Picture j of an open shard, (3, H, W) float32 in [0, 1]; name: "y" or "x"."""
     start, end = f.get_slice(f"{name}_offsets")[j : j + 2].tolist()
-    return decode_image(f.get_slice(f"{name}_bytes")[start:end].numpy().tobytes(), f"picture {name} {j} of the cache")
+    data = f.get_slice(f"{name}_bytes")[start:end].numpy().tobytes()
+    return decode_picture(data, f"picture {name} {j} of the cache").x
 
 
 def records_of(f):

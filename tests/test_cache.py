@@ -334,10 +334,10 @@ def test_again_on_a_finished_cache_does_nothing(whole, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "more, named",
     [
-        (["--steps", "3"], r"steps 2 \(now 3\)"),
-        (["--seed", "1"], r"seed 0 \(now 1\)"),
+        (["--steps", "3"], r"steps = 2 \(now 3\)"),
+        (["--seed", "1"], r"seed = 0 \(now 1\)"),
         (["--ranges", "gfpgan"], "ranges .*gfpgan"),
-        (["--limit", "5"], r"pictures 6 \(now 5\)"),
+        (["--limit", "5"], r"pictures = 6 \(now 5\)"),
     ],
 )
 def test_other_settings_are_refused_by_name(whole, more, named):
@@ -424,7 +424,7 @@ def test_pictures_too_small_to_be_a_training_face_are_named_and_left_out(tmp_pat
     assert "skipped dot.png: expected a short side of 32 px or more, got 1x1" in err and "2 of 5" in err
     assert [s["source"] for s in cache.read_meta(tmp_path / "cache")["skipped"]] == ["dot.png", "strip.png"]
     assert run(data, tmp_path / "all", "--min-side", "1") == 0 and cache.read_meta(tmp_path / "all")["count"] == 5
-    with pytest.raises(ValueError, match="min_side 1 .now 32"):
+    with pytest.raises(ValueError, match="min_side = 1 .now 32"):
         run(data, tmp_path / "all")
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 import degrade
 import evaluate
 import train
-from evaluation import ablation, cost, faces, identity, metrics, quality, report, speed, tables
+from evaluation import ablation, cost, faces, identity, metrics, quality, speed, tables
 from plumbing import commands, pictures, presets
 from student import Student
 
@@ -280,10 +280,10 @@ def test_quality_writes_what_the_pictures_give(tmp_path, monkeypatch):
 
 
 def test_quality_wants_pictures(tmp_path):
-    with pytest.raises(ValueError, match="expected clean faces.*no picture"):
+    with pytest.raises(ValueError, match="expected faces.*got none"):
         faces.find_faces(tmp_path)
     (tmp_path / "a.png").write_text("no picture")
-    with pytest.raises(ValueError, match="1 that cannot be read"):
+    with pytest.raises(ValueError, match="that can be read.*got none"):
         faces.find_faces(tmp_path)
 
 
@@ -311,7 +311,7 @@ def test_no_face_is_measured_with_a_degradation_that_training_draws(monkeypatch)
     measured = []
     monkeypatch.setattr(degrade, "apply", lambda x, params: measured.append(params) or x)
     monkeypatch.setattr(pictures, "read_image", lambda path: torch.zeros(3, 128, 128))
-    found = [(i, "hopper.png", CLEAN / "hopper.png") for i in range(20)]
+    found = [(i, "hopper.png", [CLEAN / "hopper.png"]) for i in range(20)]
     for seed in range(3):
         list(faces.degraded(found, 128, seed=seed))
     streams = [(seed, face, *repeat) for seed in range(3) for face in range(20) for repeat in ((), (0,), (1,), (2,))]
@@ -322,7 +322,7 @@ def test_no_face_is_measured_with_a_degradation_that_training_draws(monkeypatch)
 def test_a_gray_copy_is_measured_against_a_gray_face(monkeypatch):
     gray = degrade.Params(3, 0.1, 0.1, 0.0, 1, 0, 0, 95, gray=True)
     monkeypatch.setattr(degrade, "sample", lambda *_: gray)
-    ((_, _, x, y, _),) = faces.degraded([(0, "collins.png", CLEAN / "collins.png")], 128)
+    ((_, _, x, y, _),) = faces.degraded([(0, "collins.png", [CLEAN / "collins.png"])], 128)
     assert all(torch.equal(v[0], v[1]) and torch.equal(v[1], v[2]) for v in (x, y)) and (x - y).abs().mean() < 0.02
 
 
@@ -389,13 +389,13 @@ def test_pictures_without_a_partner_are_named_and_left_out(given, capsys):
     assert "1 pictures" in (given / "out" / "quality.md").read_text()
     pictures.write_image(given / "lq" / "y.png", torch.rand(3, 32, 40))
     with pytest.raises(ValueError, match="one picture y in .*y.png and .*y.webp"):
-        faces.find_pairs(given / "lq")
+        faces.find_faces(given / "lq")
 
 
 def test_results_beside_their_inputs_are_measured_as_results(tmp_path):
     for name in ("x.png", "x_restored.png", "x_compare.png"):
         pictures.write_image(tmp_path / name, torch.rand(3, 32, 40))
-    ((_, name, paths),), failed = faces.find_pairs(tmp_path, restored=[tmp_path])
+    ((_, name, paths),), failed = faces.find_faces(tmp_path, restored=[tmp_path])
     assert (name, [p.name for p in paths], failed) == ("x.png", ["x.png", "x_restored.png"], 0)
 
 
@@ -477,7 +477,7 @@ def test_ablation_trains_a_row_only_until_it_is_finished(tmp_path, trained, monk
 
 def test_ablation_uses_no_run_of_other_options_or_another_cache(tmp_path, trained):
     ablation.train(tmp_path / "row", 3, tmp_path / "cache", ["--stage", "A", "--batch", 2])
-    for steps, options, named in ((4, ["--stage", "A", "--batch", 2], "steps 3"), (3, ["--stage", "A"], "--batch")):
+    for steps, options, named in ((4, ["--stage", "A", "--batch", 2], "steps = 3"), (3, ["--stage", "A"], "--batch")):
         with pytest.raises(ValueError, match=named):
             ablation.train(tmp_path / "row", steps, tmp_path / "cache", options)
     meta = tmp_path / "cache" / "meta.json"
@@ -637,17 +637,9 @@ def test_report_of_given_pictures_without_originals(given, monkeypatch):
     )
 
 
-def test_a_report_of_many_faces_is_compressed_to_fit(given, monkeypatch):
-    sizes = []
-    for limit in (1e6, 20_000, 1):
-        monkeypatch.setattr(report, "MAX_BYTES", limit)
-        run("report", "--lq", given / "lq", "--hq", given / "lq", "--restored", given / "other", "--out", given / "out.html",
-            "--metrics", "psnr")  # fmt: skip
-        data, _, _ = shown_in(given / "out.html")
-        sizes.append(sum(map(len, re.findall(r'id="p[\d-]+">(.*?)<', (given / "out.html").read_text()))))
-        assert ("compressed" in data["caption"]) == (limit < 1e6)
-    assert sizes[0] > 20_000 > sizes[1] > sizes[2] and "quality 30" in data["caption"]
-    assert data["faces"][0]["values"]["input"] == [None]  # a picture with itself: JSON knows no infinity
+def test_a_report_knows_a_picture_that_equals_its_original(given):
+    run("report", "--lq", given / "lq", "--hq", given / "lq", "--out", given / "out.html", "--metrics", "psnr")
+    assert shown_in(given / "out.html")[0]["faces"][0]["values"]["input"] == [None]  # JSON knows no infinity
 
 
 # --- cost (Tab. 4)
@@ -684,11 +676,8 @@ def test_help_and_wrong_arguments_answer_within_a_second():
         assert result.returncode == code and time.perf_counter() - start < 1 and "Traceback" not in result.stderr
 
 
-def test_the_choices_are_those_of_the_modules():
-    assert evaluate.METRICS == (*metrics.PAIRED, *metrics.SETS, *metrics.NO_REFERENCE)
-    assert (evaluate.PAIRED, evaluate.SETS) == (metrics.PAIRED, metrics.SETS) and set(evaluate.METRICS) < set(
-        tables.TITLES
-    )
+def test_every_measure_has_a_title():
+    assert set(evaluate.METRICS) < set(tables.TITLES)
 
 
 def test_errors_are_one_line(tmp_path, capsys):

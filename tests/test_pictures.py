@@ -187,7 +187,7 @@ def test_the_orientation_counts_whatever_the_other_tags_hold(odd, kind):
         data = data[:place] + struct.pack("<HHI", *odd[:3]) + odd[3][-4:] + data[place + 12 :]
     else:
         data = file_of(noise(48, 64), kind, exif=exif(turned, odd))
-    assert pictures.decode_image(data, "a").shape == (3, 64, 48)
+    assert pictures.decode_picture(data, "a").x.shape == (3, 64, 48)
 
 
 def test_exif_data_that_is_none_costs_nothing():
@@ -207,9 +207,9 @@ def test_what_stands_beside_a_pngs_pixels_does_not_matter(extra):
         "checksum": header + chunk(b"tEXt", b"a\0b")[:-1] + b"?" + pixels,
         "checksum of tRNS": header + chunk(b"tRNS", bytes(6))[:-1] + b"?" + pixels,
     }[extra]
-    assert torch.equal(pictures.decode_image(data, "a"), tensor(noise()))
+    assert torch.equal(pictures.decode_picture(data, "a").x, tensor(noise()))
     with pytest.raises(ValueError, match="whole picture"):
-        pictures.decode_image(data[:-30], "a")  # and what is cut is still refused
+        pictures.decode_picture(data[:-30], "a")  # and what is cut is still refused
 
 
 def test_a_wrong_checksum_costs_nothing_but_its_own_chunk():
@@ -240,17 +240,17 @@ def test_further_kinds_of_files_are_read(tmp_path, suffix, kind):
 def test_heic_is_read_with_its_package_or_refused_in_a_line_that_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     with pytest.raises(ValueError, match="got a.heic: pip install pillow-heif"):
-        pictures.decode_image(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "a.heic")
+        pictures.decode_picture(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "a.heic")
     monkeypatch.undo()
     pytest.importorskip("pillow_heif").register_heif_opener()
-    x = pictures.decode_image(file_of(mutate.picture(), "HEIF", quality=100), "a.heic")
+    x = pictures.decode_picture(file_of(mutate.picture(), "HEIF", quality=100), "a.heic").x
     assert (x - tensor(np.asarray(mutate.picture()))).abs().max() < 0.06
 
 
 def test_32_bits_a_channel_are_refused():
     for pixels in (np.zeros((4, 4), np.float32), np.zeros((4, 4), np.int32)):
         with pytest.raises(ValueError, match="expected 8 or 16 bits a channel, got 32 in a.tif"):
-            pictures.decode_image(file_of(pixels, "TIFF"), "a.tif")
+            pictures.decode_picture(file_of(pixels, "TIFF"), "a.tif")
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's, on what is damaged
@@ -258,10 +258,10 @@ def test_mutated_files_are_read_or_refused_in_a_line_that_names_them(capsys):
     still = tensor(np.asarray(mutate.picture()))
     for name, data in mutate.mutated(60):
         if name.startswith("harmless"):
-            assert (pictures.decode_image(data, name) - still).abs().mean() < 0.01, name
+            assert (pictures.decode_picture(data, name).x - still).abs().mean() < 0.01, name
             continue
         try:
-            x = pictures.decode_image(data, name)
+            x = pictures.decode_picture(data, name).x
             assert x.shape[0] == 3 and x.min() >= 0 and x.max() <= 1
         except ValueError as e:
             assert name in str(e) and "\n" not in str(e)

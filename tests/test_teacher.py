@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nets import hdit, swinir
+from nets import hdit
 from plumbing.published import HDIT, SWINIR, sizes
 from teacher import PMRF, HDiT, SwinIR, flow_matching_loss, neighborhood_attention, path, posterior_mean_loss
 
@@ -107,9 +107,10 @@ def test_eq2_the_minimiser_is_the_conditional_mean():
 def test_eq2_the_posterior_mean_is_clipped_and_the_network_is_not():
     pmrf, y = small_pmrf(), torch.rand(1, 3, 64, 64)
     pmrf.mmse_model.conv_last.bias.data = torch.tensor([-2.0, 0.0, 2.0])
-    x_hat = pmrf.mmse_model(y)
+    with torch.no_grad():  # with gradient, torch takes another kernel for attention
+        x_hat = pmrf.mmse_model(y)
     assert x_hat.min() < -1 and x_hat.max() > 2
-    assert torch.equal(pmrf.posterior_mean(y), x_hat.detach().clip(0, 1))
+    assert torch.equal(pmrf.posterior_mean(y), x_hat.clip(0, 1))
 
 
 def test_eq2_the_light_form_starts_as_the_identity_and_learns():
@@ -437,21 +438,22 @@ def test_shifted_windows_see_only_what_was_near():
         z = z.view(h // 8, 8, w // 8, 8).transpose(1, 2).reshape(-1, 64)
         return (z[:, None] - z[:, :, None]).abs() >= 8
 
-    mask = swinir.shifted_window_mask(h, w, "cpu")
+    block = SwinIR(8, [2], [1]).layers[0].residual_group["blocks"][1]
+    mask = block.get_attn_mask(torch.zeros(1, h, w, 8))
     assert torch.equal(mask, torch.where(far(row) | far(col), -100.0, 0.0))
 
 
 def test_swin_attention_has_one_bias_for_each_relative_position():
-    attn = swinir.WindowAttention(4, 1)
+    attn = SwinIR(4, [1], [1]).layers[0].residual_group["blocks"][0].attn
     for layer in (attn.qkv, attn.proj):
         nn.init.zeros_(layer.bias)
     nn.init.zeros_(attn.qkv.weight)
     attn.qkv.weight.data[8:] = attn.proj.weight.data[:] = torch.eye(4)  # so that scores are the biases alone
     nn.init.normal_(attn.relative_position_bias_table)
-    x = torch.randn(1, 1, 64, 4)
+    x = torch.randn(1, 64, 4)
     table = attn.relative_position_bias_table.detach().view(15, 15)
     bias = [[table[7 + i // 8 - j // 8, 7 + i % 8 - j % 8].item() for j in range(64)] for i in range(64)]
-    assert worst(attn(x, 0), torch.tensor(bias).softmax(-1) @ x) < 1e-5
+    assert worst(attn(x), torch.tensor(bias).softmax(-1) @ x) < 1e-5
 
 
 # ------------------------------------------------------------------------------- files
@@ -498,8 +500,8 @@ def write_folder(folder, config, state):
     return folder
 
 
-def refused(source, error, *words):
-    with pytest.raises(error) as e:
+def refused(source, *words):
+    with pytest.raises(OSError) as e:
         PMRF.from_pretrained(source)
     assert "\n" not in str(e.value) and len(str(e.value)) < 600
     assert all(word in str(e.value) for word in words), str(e.value)
@@ -519,20 +521,19 @@ def test_offline_hub_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     name = "ohayonguy/PMRF_blind_face_image_restoration"
-    refused(name, FileNotFoundError, name, "model.safetensors", "0.7 GB", f"hf download {name}")
+    refused(name, name, "model.safetensors", "0.7 GB", f"hf download {name}")
     assert huggingface_hub.logging.get_verbosity() >= logging.ERROR  # online, its retries would be twelve lines
     for place in (tmp_path / "nowhere", "nowhere", "runs/a/nowhere"):  # none of them owner/name
-        refused(place, FileNotFoundError, "nowhere", "check the path")
+        refused(place, "nowhere", "check the path")
 
 
 def test_sizes_are_the_published_ones_unless_config_has_others(tmp_path):
     config, state = published(small_pmrf())
     for k in ("hdit", "swinir"):
         del config[k]
-    refused(write_folder(tmp_path / "a", config, state), ValueError, "size mismatch for model", "256")
+    refused(write_folder(tmp_path / "a", config, state), "size mismatch for model", "256")
     refused(
         write_folder(tmp_path / "b", config | {"arch": "unet"}, state),
-        ValueError,
         "arch",
         "unet",
         "hdit_ImageNet256Sp4",
@@ -546,17 +547,17 @@ def test_broken_folders_are_one_line(tmp_path):
     data = (good / "model.safetensors").read_bytes()
     for name, change in {"cut": data[: len(data) // 2], "foreign": b"GIF89a", "empty": b""}.items():
         (write_folder(tmp_path / name, config, state) / "model.safetensors").write_bytes(change)
-        refused(tmp_path / name, ValueError, name)
+        refused(tmp_path / name, name)
     del state["model.out_norm.scale"]
-    refused(write_folder(tmp_path / "hole", config, state), ValueError, "Missing", "model.out_norm.scale")
+    refused(write_folder(tmp_path / "hole", config, state), "Missing", "model.out_norm.scale")
     (good / "config.json").write_text("{")
-    refused(good, ValueError, "JSON")
+    refused(good, "JSON")
     (good / "config.json").write_text('{"hdit": {"width": 3}}')
-    refused(good, ValueError, "width")
+    refused(good, "width")
     (good / "config.json").write_text("[]")
-    refused(good, ValueError, "list instead of a dict")
+    refused(good, "list instead of a dict")
     (good / "config.json").unlink()
-    refused(good, FileNotFoundError, "config.json")
+    refused(good, "config.json")
 
 
 def lightning(pmrf):
@@ -586,29 +587,29 @@ class Code:
 def test_broken_checkpoints_are_one_line(tmp_path, monkeypatch):
     file, ckpt = tmp_path / "x.ckpt", lightning(small_pmrf())
     monkeypatch.chdir(tmp_path)
-    refused(file, FileNotFoundError, "x.ckpt", "check the path")
+    refused(file, "x.ckpt", "check the path")
     for odd in (Code(), argparse.Namespace(arch="hdit")):
         for whole in (True, False):
             torch.save(ckpt | {"callbacks": odd}, file, _use_new_zipfile_serialization=whole)
-            refused(file, ValueError, "x.ckpt", "mkdir" if isinstance(odd, Code) else "argparse.Namespace")
+            refused(file, "x.ckpt", "mkdir" if isinstance(odd, Code) else "argparse.Namespace")
     file.write_bytes(pickle.dumps(Code(), protocol=2))
-    refused(file, ValueError, "x.ckpt")
+    refused(file, "x.ckpt")
     assert not Path("code was run").exists()
     without = [{k: v for k, v in ckpt.items() if k != gone} for gone in ("ema", "state_dict", "hyper_parameters")]
     for odd in (*without, [], ckpt["state_dict"], ckpt | {"ema": {"shadow_params": None}}):
         torch.save(odd, file)
-        refused(file, ValueError, "without hyper_parameters, state_dict or ema.shadow_params")
+        refused(file, "without hyper_parameters, state_dict or ema.shadow_params")
     short = ckpt["ema"] | {"shadow_params": ckpt["ema"]["shadow_params"][1:]}
     torch.save(ckpt | {"ema": short}, file)
-    refused(file, ValueError, "averaged parameters")
+    refused(file, "averaged parameters")
     turned = ckpt["ema"] | {"shadow_params": ckpt["ema"]["shadow_params"][::-1]}
     torch.save(ckpt | {"ema": turned}, file)
-    refused(file, ValueError, "size mismatch")
+    refused(file, "size mismatch")
     torch.save(ckpt, file)
     file.write_bytes(file.read_bytes()[:3000])
-    refused(file, ValueError, "x.ckpt")
+    refused(file, "x.ckpt")
     file.write_bytes(b"")
-    refused(file, ValueError, "x.ckpt")
+    refused(file, "x.ckpt")
 
 
 def test_save_then_load(tmp_path):

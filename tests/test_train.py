@@ -334,7 +334,7 @@ def test_a_run_goes_on_with_its_own_cache_networks_and_settings_alone(small_conf
     run_here(*arguments(small_cache, tmp_path / "run", "--steps", "2"))
     assert "precision = 'fp32'" in refusal(small_cache, "--precision", "bf16")
     other = make_cache(small_config, tmp_path, steps=1)
-    assert "expected cache_steps = 2" in refusal(other)
+    assert "others: cache_steps = 2 (now 1)" in refusal(other)
     shutil.copytree(small_cache, tmp_path / "same settings")
     meta = json.loads((small_cache / "meta.json").read_text())
 
@@ -342,7 +342,7 @@ def test_a_run_goes_on_with_its_own_cache_networks_and_settings_alone(small_conf
         (tmp_path / "same settings" / "meta.json").write_text(json.dumps(meta | more))
 
     change(shards=[meta["shards"][0] | {"sha256": "0" * 64}, *meta["shards"][1:]])
-    assert "expected cache_shards_sha256" in refusal(tmp_path / "same settings")
+    assert "others: cache_shards_sha256" in refusal(tmp_path / "same settings")
     for name in ("vae", "teacher"):  # latents of another space; targets of another teacher
         change(**{f"{name}_sha256": "0" * 64})
         assert f"made with the preset's {name}" in refusal(tmp_path / "same settings")

@@ -9,8 +9,6 @@ NAME-sha.npy      what a trained network makes of the pictures (`derive`); sha n
 import hashlib
 import json
 import math
-import multiprocessing
-import os
 from functools import partial
 
 import numpy as np
@@ -21,7 +19,9 @@ from tqdm import tqdm
 
 import degrade
 from plumbing import files, pictures
-from plumbing.presets import load_config
+from plumbing.devices import cores_a_process
+from plumbing.pipeline import beside
+from plumbing.presets import check_same, load_config
 from plumbing.shards import weights_sha256
 
 SIZE, VIEWS = load_config("tiny")["image_size"], 16
@@ -88,8 +88,7 @@ def fill(folder, record, made_of, n, rows_from):
     folder.mkdir(parents=True, exist_ok=True)
     before = json.loads(record.read_text()) if record.is_file() else {**made_of, "rows": 0}
     done = before.pop("rows")
-    if before != made_of:
-        raise ValueError(f"expected a pool of {made_of} in {folder}, got one of {before}: delete that folder")
+    check_same(before, made_of, f"the pool in {folder}", "delete that folder")
     for rows in rows_from(done) if done < n else ():
         for name, values in rows.items():
             shape = (n, *values.shape[1:])
@@ -117,13 +116,7 @@ class Pool:
 
     def make(self, faces, done):
         todo = list(enumerate(faces))[done // VIEWS :]
-        workers = min(len(os.sched_getaffinity(0)), len(todo) // 16)
-        views, bar = partial(make_views, self.seed), partial(tqdm, total=len(todo), desc="pool", unit=" faces")
-        if workers < 2:
-            yield from bar(map(views, todo))
-            return
-        with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as processes:
-            yield from bar(processes.imap(views, todo))
+        return tqdm(beside(partial(make_views, self.seed), todo, cores_a_process()), "pool", len(todo), unit=" faces")
 
     def array(self, name):
         if name not in self.arrays:
