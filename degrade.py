@@ -41,7 +41,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scipy.fft import next_fast_len
 
 from plumbing.files import make_folder
 from plumbing.pictures import read_image, square, write_image
@@ -97,9 +96,15 @@ def blur(x, kernel):
     """
     pad = kernel.shape[0] // 2
     padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad)), mode="reflect")  # (3, H + 2 pad, W + 2 pad)
-    shape = [next_fast_len(n, real=True) for n in padded.shape[1:]]
+    shape = [_fast_length(n) for n in padded.shape[1:]]
     spectrum = np.fft.rfft2(padded, s=shape) * np.conj(np.fft.rfft2(kernel, s=shape))
     return np.fft.irfft2(spectrum, s=shape)[:, : x.shape[1], : x.shape[2]]  # what wraps around lies beyond H, W
+
+
+def _fast_length(n):
+    while 30**16 % n:  # up to the next product of twos, threes and fives, for which the transform is twice as fast
+        n += 1
+    return n
 
 
 def bilinear(x, size):

@@ -59,7 +59,7 @@ def student_row(student, color_fix, device):
     return lambda face: restore(student, student.image_size, [face.y], color_fix, device)[0]
 
 
-# --- what is compared on what: rows, [(level, title, faces), ...], number of pictures left out -------------------------
+# --- what is compared on what: rows, [(level, title, number of faces, faces), ...], number of pictures left out ----------
 
 
 def clean_faces(data, checkpoints, *, steps, levels, ranges, seed, limit, device, precision):
@@ -70,7 +70,7 @@ def clean_faces(data, checkpoints, *, steps, levels, ranges, seed, limit, device
     for level in levels:
         drawn = f"drawn from {ranges}" if level == "default" else f"level {level}"
         title = f"{drawn}, seed {seed}, {len(found)} faces at {size} px"
-        tables.append((level, title, degraded(found, size, level, ranges, seed)))
+        tables.append((level, title, len(found), degraded(found, size, level, ranges, seed)))
     return methods(students, teacher, steps, device), tables, failed
 
 
@@ -84,7 +84,7 @@ def given_faces(lq, hq, restored, checkpoints, *, steps, seed, limit, device, pr
     rows = methods(*models, steps, device) if models else {"input": lambda face: face.y}
     rows |= {f"restored {f}": lambda face, k=k: pictures.read_image(face.restored[k]) for k, f in enumerate(restored)}
     title = f"{lq}, {len(found)} pictures" + f", originals in {hq}" * bool(hq) + f", seed {seed}" * bool(models)
-    return rows, [("given", title, given(found, lq, hq, seed))], failed
+    return rows, [("given", title, len(found), given(found, lq, hq, seed))], failed
 
 
 # --- faces x rows -> numbers ------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def quality(rows, tables, out, measures):
     """
     make_folder(out)
     lines, texts = [], []
-    for level, title, faces in tables:
+    for level, title, _, faces in tables:
         done, sets = measures(rows, faces, out)
         texts.append(f"## {title}{measures.note()}\n\n{quality_table(done, sets)}")
         say(texts[-1])

@@ -1,6 +1,7 @@
 """Plots as SVG text: axes with points, intervals, lines and bars; nothing else. A plot is a list of strings.
 
-Positions are pixels, y downwards; data become pixels through an Axes.
+Positions are pixels, y downwards; data become pixels through an Axes. Text has the colour of the page (`currentColor`), so
+that a plot in a dark page is read as well; the white sheet behind it is of class `paper`, which a page may hide.
 
 Usage: a = Axes((60, 30, 400, 300), (0, 10), (0, 1), "title", "t", "loss"); a.line(t, loss); text = svg(480, 360, a.marks)
 """
@@ -15,7 +16,7 @@ def svg(width, height, marks):
     """The file of a plot, or of several: marks of all of them."""
     size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
     opening = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="system-ui, sans-serif" font-size="13">'
-    sheet = '<rect width="100%" height="100%" fill="#fff"/>'
+    sheet = '<rect class="paper" width="100%" height="100%" fill="#fff"/>'
     return "\n".join([opening, sheet, *marks, "</svg>\n"])
 
 

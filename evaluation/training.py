@@ -20,9 +20,12 @@ PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
-body {{ margin: 1rem auto; max-width: 1100px; font-family: system-ui, sans-serif; }}
+:root {{ color-scheme: light dark; }}
+body {{ margin: 0 auto; max-width: 1100px; padding: 1rem 1.25rem; font: 15px/1.45 system-ui, sans-serif;
+        background: light-dark(#fff, #131518); color: light-dark(#1a1d21, #e6e8eb); }}
+.paper {{ fill: none; }}
 svg, img {{ max-width: 100%; height: auto; }}
-td {{ padding-right: 1rem; vertical-align: top; overflow-wrap: anywhere; }}
+td {{ padding: 0.1rem 1rem 0.1rem 0; vertical-align: top; overflow-wrap: anywhere; }}
 </style>
 <h1>{title}</h1>
 <p>{summary}</p>

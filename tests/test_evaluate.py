@@ -23,7 +23,7 @@ from PIL import Image
 import degrade
 import evaluate
 import train
-from evaluation import ablation, cost, faces, identity, metrics, quality, speed, tables
+from evaluation import ablation, cost, faces, identity, metrics, quality, report, speed, tables
 from plumbing import commands, pictures, presets
 from student import Student
 
@@ -637,9 +637,17 @@ def test_report_of_given_pictures_without_originals(given, monkeypatch):
     )
 
 
-def test_a_report_knows_a_picture_that_equals_its_original(given):
-    run("report", "--lq", given / "lq", "--hq", given / "lq", "--out", given / "out.html", "--metrics", "psnr")
-    assert shown_in(given / "out.html")[0]["faces"][0]["values"]["input"] == [None]  # JSON knows no infinity
+def test_a_report_of_many_faces_is_compressed_to_fit(given, monkeypatch):
+    sizes = []
+    for limit in (1e6, 20_000, 1):
+        monkeypatch.setattr(report, "MAX_BYTES", limit)
+        run("report", "--lq", given / "lq", "--hq", given / "lq", "--restored", given / "other", "--out", given / "out.html",
+            "--metrics", "psnr")  # fmt: skip
+        data, _, _ = shown_in(given / "out.html")
+        sizes.append(sum(map(len, re.findall(r'id="p[\d-]+">(.*?)<', (given / "out.html").read_text()))))
+        assert ("compressed" in data["caption"]) == (limit < 1e6)
+    assert sizes[0] > 20_000 > sizes[1] > sizes[2] and "quality 30" in data["caption"]
+    assert data["faces"][0]["values"]["input"] == [None]  # a picture with itself: JSON knows no infinity
 
 
 # --- cost (Tab. 4)
