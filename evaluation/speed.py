@@ -113,8 +113,8 @@ def table(student, teacher, size, device, batches, steps, repeats, one_step=Fals
             work |= parts(student, y) | pipeline(student, y)
         for name, run in work.items():
             for way in ways:
-                if way and (name.startswith("diffusers") or (way == COMPILED and name.startswith("- "))):
-                    continue  # the pipeline waits for the GPU in between, and a user takes it as it is
+                if way and (name.startswith("diffusers") or (way == COMPILED and name.startswith(("- ", "teacher")))):
+                    continue  # the pipeline waits for the GPU in between; the teacher's steps would each be compiled anew
                 row = measure(run, way, repeats, device, batch)
                 first.setdefault(name, row)
                 rows.append([name, batch, way or "eager", *cells(row, first["student, 1 step"], max(peak.values()))])

@@ -47,12 +47,14 @@ def precision_of(name, device, parameters):
 
 
 def prepare(network, device, precision="auto"):
-    """A frozen network, ready to compute: on the device, weights in the precision, those of convolutions with channels last.
+    """A frozen network, ready to compute: on the device, weights in the precision.
 
-    precision: "auto", "fp32" or "bf16". Buffers (HDiT's frequencies of time), pictures and latents stay float32.
+    precision: "auto", "fp32" or "bf16". Buffers (HDiT's frequencies of time), pictures and latents stay float32. Convolutions
+    have channels last, except on a CUDA GPU: there torch's GroupNorm copies such pictures to the other layout, and back.
     """
     device = torch.device(device)
-    network = network.to(device, memory_format=torch.channels_last).requires_grad_(False)
+    layout = torch.contiguous_format if device.type == "cuda" else torch.channels_last
+    network = network.to(device, memory_format=layout).requires_grad_(False)
     if precision_of(precision, device, sum(p.numel() for p in network.parameters())) == "bf16":
         for p in network.parameters():
             p.data = p.data.to(torch.bfloat16)
