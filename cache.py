@@ -14,9 +14,6 @@ versions alone (settings.json has them), not on the number of processes or on in
     preview.png, meta.json   the first samples (LQ, X†, HQ); the settings, count, shards with their sha256, skipped pictures
 
 Usage: python cache.py --data FACES --out cache                  the same command again goes on where it was
-       torchrun --nproc_per_node=8 cache.py --data FACES --out cache --preset paper
-       python cache.py --check cache
-       CacheDataset("cache")[0]["z_lq"]
 """
 
 import argparse

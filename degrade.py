@@ -7,8 +7,7 @@ that is the default. The ranges `realesrgan` are Real-ESRGAN's own two passes. L
 sinc filters, kernels that are not Gaussian, Poisson and gray noise; and of its two last steps, JPEG comes first. `apply` is a
 function of picture and parameters alone: the same bytes on any number of threads, with the same libjpeg.
 
-Usage: params = sample(np.random.default_rng(0), "difface", size=512); y = apply(x, params)
-       python degrade.py samples/clean -o samples/degraded --level medium
+Usage: python degrade.py samples/clean -o samples/degraded --level medium
 """
 
 import argparse

@@ -14,7 +14,6 @@ given pictures (--lq) keep their size. Measured is what restore.py would write, 
 a small folder says little. A face that cannot be read is named and left out, and the exit code is then 1.
 
 Usage: python evaluate.py quality --data faces/val --checkpoint tiny --out out/quality
-       python evaluate.py quality --lq test/lq --hq test/hq --restored codeformer/restored_faces --out out/quality
 """
 
 import argparse

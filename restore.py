@@ -7,8 +7,6 @@ its long side is S, never squashed, and mirrored at its borders up to a square. 
 side of at least S. Where it is larger than S, it is enlarged and holds S px of detail.
 
 Usage: python restore.py face.png                        writes face_restored.png beside it
-       python restore.py folder -o out --compare         keeps the folder's structure
-       python restore.py photo.jpg --photo               restores every face in a photo, see align.py
 """
 
 import argparse
@@ -165,10 +163,7 @@ def load_model(checkpoint="tiny", method="student", device="cpu", steps=25, seed
 
 @torch.inference_mode()
 def restore(model, size, xs, color_fix="wavelet", device="cpu"):
-    """Restores pictures of any sizes in one batch.
-
-    model, size: from load_model; xs: list of (3, H, W) in [0, 1]. Returns as many, sized by from_square. Gray stays gray.
-    """
+    """Restores a list of (3, H, W) in [0, 1], of any sizes, in one batch: as many, sized by from_square. Gray stays gray."""
     y = torch.stack([to_square(x, size) for x in xs]).to(device)  # (B, 3, S, S)
     x_hat = COLOR_FIXES[color_fix](model(y), y).clamp(0, 1).cpu()
     x_hat = [v.mean(0, keepdim=True).expand(3, -1, -1) if is_gray(x) else v for v, x in zip(x_hat, xs, strict=True)]

@@ -275,9 +275,12 @@ def save(run, step):
 
 def resume(run):
     """Goes on from the newest checkpoint of --out, if there is one. Returns its step, or 0."""
-    folder = runs.newest(run.args.out, run.args.resume)
-    if folder is None:
+    found = runs.steps_in(run.args.out)
+    if not found and run.args.resume:
+        raise FileNotFoundError(f"expected a checkpoint in {run.args.out}, found none: leave --resume out to begin")
+    if not found:
         return 0
+    folder = found[-1]
     runs.check_settings(folder, run.settings)
     run.student.load_trained(folder)
     run.ema = {name: p.detach().clone() for name, p in run.trained.items()}

@@ -117,16 +117,13 @@ def table(student, teacher, size, device, batches, steps, repeats, one_step=Fals
                     continue  # the pipeline waits for the GPU in between; the teacher's steps would each be compiled anew
                 row = measure(run, way, repeats, device, batch)
                 first.setdefault(name, row)
-                rows.append([name, batch, way or "eager", *cells(row, first["student, 1 step"], max(peak.values()))])
+                times = row["ms"] / first["student, 1 step"]["ms"]
+                share = row["tflop"] / row["ms"] * 1e3 / max(peak.values())
+                cells = [f"{row['tflop']:.3g}", f"{row['ms']:.1f}", f"{times:.2f}", f"{100 * share:.0f} %"]
+                rows.append([name, batch, way or "eager", *cells, row["memory"], f"{row['prepared']:.1f}"])
     header = ["", "batch", "run", "TFLOP a face", "ms a face", "times the student", "share of the peak"]
     header += ["memory beyond the weights, MB", "seconds to prepare"]
     return markdown(header, rows) + "\n" + "\n".join(notes(peak, first, steps, one_step)) + "\n"
-
-
-def cells(row, student, peak):
-    """A row of numbers as text. peak: TFLOP/s."""
-    texts = [f"{row['tflop']:.3g}", f"{row['ms']:.1f}", f"{row['ms'] / student['ms']:.2f}"]
-    return [*texts, f"{100 * row['tflop'] / row['ms'] * 1e3 / peak:.0f} %", row["memory"], f"{row['prepared']:.1f}"]
 
 
 def notes(peak, first, steps, one_step):

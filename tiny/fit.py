@@ -3,8 +3,6 @@
 AdamW with warm-up and cosine decay, and an exponential moving average of the weights, which is what is kept. Every random
 number of a step follows from (seed, step). So weights, average, AdamW's two moments and the step are all that a part needs
 to go on: runs/tiny_NAME/step-NNNNNN, written about once a minute, whole or not at all. log.jsonl beside it is its log.
-
-    fit("vae", vae, loss_fn, save, Recipe(steps=800, batch=32, lr=1e-3), seed=0, bf16=True)
 """
 
 import contextlib
@@ -93,9 +91,10 @@ def checkpoint(out, step, trained, ema, optimizer, settings):
 
 def resume(out, trained, optimizer, settings):
     """Puts a saved state back in place. Returns its step (0: there is none) and the average; ValueError as check_settings."""
-    folder = runs.newest(out, insist=False)
-    if not folder:
+    found = runs.steps_in(out)
+    if not found:
         return 0, {name: p.detach().clone() for name, p in trained.items()}
+    folder = found[-1]
     runs.check_settings(folder, settings, otherwise=f"delete {out}")
     step = json.loads((folder / "config.json").read_text())["step"]
     runs.load_training(folder / "training.safetensors", trained, optimizer, step)
