@@ -123,9 +123,8 @@ COLOR_FIXES = {"wavelet": wavelet_color_fix, "adain": adain_color_fix, "none": l
 def to_square(x, size):
     """x (3, H, W) -> (3, size, size): resized to a long side of `size`, then mirrored evenly on both sides."""
     top, left, h, w = fit(x, size)
-    rows = np.pad(np.arange(h), (top, size - h - top), mode="symmetric")
-    columns = np.pad(np.arange(w), (left, size - w - left), mode="symmetric")
-    return resize(x, (h, w))[:, rows][:, :, columns]
+    border = ((0, 0), (top, size - h - top), (left, size - w - left))
+    return torch.from_numpy(np.pad(resize(x, (h, w)).numpy(), border, mode="symmetric"))
 
 
 def from_square(x_hat, x):

@@ -84,10 +84,7 @@ from teacher import PMRF
 
 
 def latent_loss(z_hat, z_target):
-    """Mean squared distance of the student's latent to the teacher's, L_lat of Eq. 6 ("the primary anchor").
-
-    z_hat, z_target: (B, C, h, w). Returns a scalar, the mean over all elements. ValueError if the shapes differ.
-    """
+    """Mean squared distance of two latents (B, C, h, w), L_lat of Eq. 6 ("the primary anchor"). ValueError if shapes differ."""
     if z_hat.shape != z_target.shape:
         raise ValueError(f"expected two latents of one shape, got {tuple(z_hat.shape)} and {tuple(z_target.shape)}")
     return F.mse_loss(z_hat.float(), z_target.float())

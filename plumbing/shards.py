@@ -43,8 +43,8 @@ class CacheDataset(torch.utils.data.Dataset):
         return dict(**z, y=picture(f, "y", j), x_target=picture(f, "x", j), index=int(i))
 
     def record(self, i):
-        f, j = self.locate(i)
-        return records_of(f)["samples"][j]
+        k, j = self.places[i]
+        return read_records(self.folder / self.meta["shards"][k]["file"])["samples"][j]
 
     def locate(self, i):
         k, j = self.places[i]
@@ -82,15 +82,11 @@ def picture(f, name, j):
     return decode_picture(data, f"picture {name} {j} of the cache").x
 
 
-def records_of(f):
-    return json.loads(f.metadata()["records"])
-
-
 def read_records(path):
     """The records of a shard's file. ValueError if the file is no shard."""
     try:
         with safe_open(path, "pt") as f:
-            return records_of(f)
+            return json.loads(f.metadata()["records"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
         raise ValueError(f"expected a whole shard, got {path} ({e}): delete it, run cache.py again") from None
 
@@ -144,7 +140,7 @@ def check_shard(path, shard, S, decode, params):
     if hashlib.sha256(path.read_bytes()).hexdigest() != shard["sha256"]:
         yield "expected the sha256 in meta.json, got another: the file was changed"
     f, n = safe_open(path, "pt"), shard["count"]
-    z_lq, z_target, samples = f.get_tensor("z_lq"), f.get_tensor("z_target"), records_of(f)["samples"]
+    z_lq, z_target, samples = f.get_tensor("z_lq"), f.get_tensor("z_target"), read_records(path)["samples"]
     if not len(samples) == len(z_lq) == len(z_target) == n or z_lq.shape != z_target.shape:
         yield f"expected {n} samples, got {len(samples)} with latents {tuple(z_lq.shape)}, {tuple(z_target.shape)}"
         return
