@@ -37,7 +37,10 @@ class CacheDataset(torch.utils.data.Dataset):
         return len(self.places)
 
     def __getitem__(self, i):
-        f, j = self.locate(i)
+        k, j = self.places[i]
+        if k not in self.files:  # opened (mapped into memory) at the first use, by each worker process for itself
+            self.files[k] = safe_open(self.folder / self.meta["shards"][k]["file"], "pt")
+        f = self.files[k]
         # by numpy, in one thread: torch would start its pool for each small tensor, in every worker
         z = {name: torch.from_numpy(f.get_slice(name)[j].numpy().astype(np.float32)) for name in ("z_lq", "z_target")}
         return dict(**z, y=picture(f, "y", j), x_target=picture(f, "x", j), index=int(i))
@@ -45,12 +48,6 @@ class CacheDataset(torch.utils.data.Dataset):
     def record(self, i):
         k, j = self.places[i]
         return read_records(self.folder / self.meta["shards"][k]["file"])["samples"][j]
-
-    def locate(self, i):
-        k, j = self.places[i]
-        if k not in self.files:  # opened (mapped into memory) at the first use, by each worker process for itself
-            self.files[k] = safe_open(self.folder / self.meta["shards"][k]["file"], "pt")
-        return self.files[k], j
 
     def __getstate__(self):
         return self.__dict__ | {"files": {}}
