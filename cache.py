@@ -38,7 +38,7 @@ def parse_args(argv=None):
     add("--repeats", type=whole(), default=1, metavar="R", help="degradations a picture (default 1)")
     add("--ranges", nargs="+", choices=RANGES, default=["difface"],
         help="degradation (default difface, the teacher's); several take turns over the repeats")  # fmt: skip
-    add("--min-side", type=whole(), metavar="PX", help="leave out pictures of a shorter side (default half the preset's)")
+    add("--min-side", type=whole(), metavar="PX", help="least short side of a picture (default half the preset's)")
     add("--batch", type=whole(), default=8, metavar="N", help="samples the teacher restores at once (default 8)")
     add("--precision", choices=("fp32", "bf16"), default="fp32",
         help="of the teacher (default fp32, on a GPU with TF32 products, as in PMRF's code)")  # fmt: skip
