@@ -34,8 +34,7 @@ def parse_args(argv=None):
     add("--steps", type=whole(), help="teacher only: Euler steps K (default 25)")
     add("--seed", type=whole(0), help="teacher only: seed of its noise (default 0)")
     add("--batch", type=whole(), default=1, metavar="N",
-        help="pictures a pass on a GPU (default 1); the last bit may depend on N. A pass on a CPU takes one, so its "
-             "bytes never depend on N")  # fmt: skip
+        help="pictures a pass on a GPU (default 1); the last bit may depend on N. On a CPU always one")  # fmt: skip
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
         help="default auto: bf16 on a CUDA GPU, and for large networks on a CPU with AMX; else float32")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default auto: a GPU if there is one")
