@@ -221,9 +221,7 @@ def random_models(config, device):
             up_block_types=("UpDecoderBlock2D",) * 4, scaling_factor=0.18215,
         )  # fmt: skip
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-        clip, dino = (
-            timm.create_model(entry["name"], num_classes=0, **{k: v for k, v in entry.items() if k != "name"})
-            for entry in (config["clip"], config["dino"])
-        )
+        entries = [dict(config[part]) for part in ("clip", "dino")]
+        clip, dino = (timm.create_model(entry.pop("name"), num_classes=0, **entry) for entry in entries)
         student = Student(config, vae, unet, clip, dino, LCMScheduler().alphas_cumprod.tolist())
         return student, PMRF(SwinIR(**SWINIR), HDiT(**HDIT)).eval()

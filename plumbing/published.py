@@ -180,6 +180,8 @@ def read_pmrf(name_or_folder):
     else:
         config = json.loads(fetch(name_or_folder, "config.json").read_text())
         weights, average = load_file(fetch(name_or_folder, "model.safetensors")), None
+    if not isinstance(config, dict):
+        raise ValueError(f"settings of type {type(config).__name__} instead of a dict")
     settings = {"sigma_s": float(config.get("mmse_noise_std", 0.1)), "t_eps": float(config.get("eps", 0.0))}
     for net, key, arch, known in PUBLISHED:
         if net not in config and config.get(key, arch) != arch:
