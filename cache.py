@@ -14,9 +14,6 @@ versions alone (settings.json has them), not on the number of processes or on in
     preview.png, meta.json   the first samples (LQ, X†, HQ); the settings, count, shards with their sha256, skipped pictures
 
 Usage: python cache.py --data FACES --out cache                  the same command again goes on where it was
-       torchrun --nproc_per_node=8 cache.py --data FACES --out cache --preset paper
-       python cache.py --check cache
-       CacheDataset("cache")[0]["z_lq"]
 """
 
 import argparse
@@ -25,8 +22,6 @@ from pathlib import Path
 
 from plumbing import commands
 from plumbing.presets import RANGES
-
-DEVICES = ("cuda", "cpu")
 
 
 def parse_args(argv=None):
@@ -43,12 +38,11 @@ def parse_args(argv=None):
     add("--repeats", type=whole(), default=1, metavar="R", help="degradations a picture (default 1)")
     add("--ranges", nargs="+", choices=RANGES, default=["difface"],
         help="degradation (default difface, the teacher's); several take turns over the repeats")  # fmt: skip
-    add("--min-side", type=whole(), metavar="PX",
-        help="leave out pictures with a shorter side (default: half of the preset's size; 1 takes all)")  # fmt: skip
+    add("--min-side", type=whole(), metavar="PX", help="least short side of a picture (default half the preset's)")
     add("--batch", type=whole(), default=8, metavar="N", help="samples the teacher restores at once (default 8)")
     add("--precision", choices=("fp32", "bf16"), default="fp32",
         help="of the teacher (default fp32, on a GPU with TF32 products, as in PMRF's code)")  # fmt: skip
-    add("--device", choices=("auto", *DEVICES), default="auto", help="default: cuda if there is one")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: cuda if there is one")
     args = p.parse_args(argv)
     if args.repeats < len(args.ranges):
         p.error(f"argument --ranges: expected no more names than --repeats, got {len(args.ranges)} and {args.repeats}")
@@ -140,7 +134,9 @@ def settings_for(
     settings = dict(preset=preset, image_size=image_size, seed=seed, steps=steps, sigma_s=teacher.sigma_s)
     settings |= dict(ranges=[{"name": name} | dataclasses.asdict(degrade.RANGES[name]) for name in ranges])
     settings |= dict(min_side=image_size // 2 if min_side is None else min_side)
-    settings |= dict(repeats=repeats, batch=batch, shard_size=offline.shard_size(len(sources) * repeats, batch))
+    # whole batches; small enough for some processes to share a small set, and for an interruption to cost little
+    shard_size = max(1, min(offline.MAX_SHARD, len(sources) * repeats // 32) // batch) * batch
+    settings |= dict(repeats=repeats, batch=batch, shard_size=shard_size)
     settings |= offline.listing(data, sources)
     settings |= dict(teacher_sha256=weights_sha256(teacher), vae_sha256=weights_sha256(vae))
     settings |= dict(device=device, precision=precision, versions=offline.versions())
@@ -200,7 +196,7 @@ def load_networks(preset):
 
 
 def work(args):
-    device = devices.choose_device(args.device, DEVICES)
+    device = devices.choose_device(args.device, known=("cuda", "cpu"))
     if args.check is not None:
         return verify(args.check, device)
     (rank, world), workers = devices.processes(), devices.cores_a_process()

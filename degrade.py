@@ -7,8 +7,7 @@ that is the default. The ranges `realesrgan` are Real-ESRGAN's own two passes. L
 sinc filters, kernels that are not Gaussian, Poisson and gray noise; and of its two last steps, JPEG comes first. `apply` is a
 function of picture and parameters alone: the same bytes on any number of threads, with the same libjpeg.
 
-Usage: params = sample(np.random.default_rng(0), "difface", size=512); y = apply(x, params)
-       python degrade.py samples/clean -o samples/degraded --level medium
+Usage: python degrade.py samples/clean -o samples/degraded --level medium
 """
 
 import argparse
@@ -207,26 +206,21 @@ def sample(rng, ranges="difface", size=512):
         down = float(rng.uniform(*(max(d * scale, MIN_DOWN) for d in r.down)))
     noise, jpeg, gray = float(rng.uniform(*r.noise)), int(rng.uniform(*r.jpeg)), bool(rng.uniform() < r.gray)
     noise_seed = int(rng.integers(2**32))
-    kernel = scale_kernel(r.kernel if isinstance(r.kernel, int) else int(rng.choice(r.kernel)), size)
+    radius = (r.kernel if isinstance(r.kernel, int) else int(rng.choice(r.kernel))) // 2
+    kernel = 2 * max(min(1, radius), round(radius * scale)) + 1
     return Params(kernel, sigma_x, sigma_y, theta, down, noise, noise_seed, jpeg, gray, before)
 
 
-LEVELS = {  # for 512 px; our choice: a mild web copy, an old small picture, and close to the far end of "difface"
-    "light": Params(kernel_size=41, sigma_x=1.5, sigma_y=1.5, theta=0.0, down=2, noise=3, noise_seed=0, jpeg=80),
-    "medium": Params(kernel_size=41, sigma_x=4.0, sigma_y=4.0, theta=0.0, down=6, noise=8, noise_seed=0, jpeg=60),
-    "heavy": Params(kernel_size=41, sigma_x=8.0, sigma_y=8.0, theta=0.0, down=16, noise=15, noise_seed=0, jpeg=40),
+LEVELS = {  # ranges without width; our choice: a mild web copy, an old small picture, and close to the far end of "difface"
+    "light": Ranges(blur=(1.5, 1.5), down=(2, 2), noise=(3, 3), jpeg=(80, 80), isotropic=1),
+    "medium": Ranges(blur=(4, 4), down=(6, 6), noise=(8, 8), jpeg=(60, 60), isotropic=1),
+    "heavy": Ranges(blur=(8, 8), down=(16, 16), noise=(15, 15), jpeg=(40, 40), isotropic=1),
 }
 
 
 def level(name, size=512, seed=0):
     """The fixed parameters LEVELS[name], scaled by size / 512 as in `sample`, with the noise of `seed`."""
-    p, scale = LEVELS[name], size / 512
-    spatial = dict(sigma_x=p.sigma_x * scale, sigma_y=p.sigma_y * scale, down=max(p.down * scale, MIN_DOWN))
-    return dataclasses.replace(p, kernel_size=scale_kernel(p.kernel_size, size), noise_seed=seed, **spatial)
-
-
-def scale_kernel(kernel_size, size):
-    return 2 * max(min(1, kernel_size // 2), round(kernel_size // 2 * size / 512)) + 1
+    return dataclasses.replace(sample(np.random.default_rng(0), LEVELS[name], size), noise_seed=seed)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

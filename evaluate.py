@@ -1,20 +1,13 @@
 """Measures what the paper's tables show (Sec. 4, Tab. 1-4), on the pictures that you have.
 
-    quality    input, posterior mean, teacher, student, ceiling: PSNR, SSIM, LPIPS with 95 % intervals over faces (Tab. 1, 2);
-               also of given pairs of pictures, and of pictures that another program restored
-    ablation   trains each row of Tab. 3 at small scale with train.py, and measures it
-    speed      time and memory a picture, and the parts of the student's one step (Tab. 1, "Time")
-    cost       GPU hours, energy and carbon of trainings, from their logs (Tab. 4)
-    report     one HTML page to look at: before | after of each face by every method, with the numbers beside them;
-               or the curves of a training, finished or not
-    figures    the paper's equations as pictures (docs/tour.md), from the samples and the small model
+The commands are quality (Tab. 1, 2), ablation (Tab. 3), speed (Tab. 1, "Time"), cost (Tab. 4), report and figures; each has
+its file in evaluation/, and report --run has training.py.
 
 Clean faces (--data) are brought to the model's size and degraded, a function of seed and index, and restored one by one;
 given pictures (--lq) keep their size. Measured is what restore.py would write, 8 bits a channel. FID against the few faces of
 a small folder says little. A face that cannot be read is named and left out, and the exit code is then 1.
 
 Usage: python evaluate.py quality --data faces/val --checkpoint tiny --out out/quality
-       python evaluate.py quality --lq test/lq --hq test/hq --restored codeformer/restored_faces --out out/quality
 """
 
 import argparse

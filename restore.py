@@ -7,8 +7,6 @@ its long side is S, never squashed, and mirrored at its borders up to a square. 
 side of at least S. Where it is larger than S, it is enlarged and holds S px of detail.
 
 Usage: python restore.py face.png                        writes face_restored.png beside it
-       python restore.py folder -o out --compare         keeps the folder's structure
-       python restore.py photo.jpg --photo               restores every face in a photo, see align.py
 """
 
 import argparse
@@ -36,8 +34,7 @@ def parse_args(argv=None):
     add("--steps", type=whole(), help="teacher only: Euler steps K (default 25)")
     add("--seed", type=whole(0), help="teacher only: seed of its noise (default 0)")
     add("--batch", type=whole(), default=1, metavar="N",
-        help="pictures a pass on a GPU (default 1); the last bit may depend on N. A pass on a CPU takes one, so its "
-             "bytes never depend on N")  # fmt: skip
+        help="pictures a pass on a GPU (default 1); the last bit may depend on N. On a CPU always one")  # fmt: skip
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
         help="default auto: bf16 on a CUDA GPU, and for large networks on a CPU with AMX; else float32")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default auto: a GPU if there is one")
@@ -125,9 +122,8 @@ COLOR_FIXES = {"wavelet": wavelet_color_fix, "adain": adain_color_fix, "none": l
 def to_square(x, size):
     """x (3, H, W) -> (3, size, size): resized to a long side of `size`, then mirrored evenly on both sides."""
     top, left, h, w = fit(x, size)
-    rows = np.pad(np.arange(h), (top, size - h - top), mode="symmetric")
-    columns = np.pad(np.arange(w), (left, size - w - left), mode="symmetric")
-    return resize(x, (h, w))[:, rows][:, :, columns]
+    border = ((0, 0), (top, size - h - top), (left, size - w - left))
+    return torch.from_numpy(np.pad(resize(x, (h, w)).numpy(), border, mode="symmetric"))
 
 
 def from_square(x_hat, x):
@@ -165,10 +161,7 @@ def load_model(checkpoint="tiny", method="student", device="cpu", steps=25, seed
 
 @torch.inference_mode()
 def restore(model, size, xs, color_fix="wavelet", device="cpu"):
-    """Restores pictures of any sizes in one batch.
-
-    model, size: from load_model; xs: list of (3, H, W) in [0, 1]. Returns as many, sized by from_square. Gray stays gray.
-    """
+    """Restores a list of (3, H, W) in [0, 1], of any sizes, in one batch: as many, sized by from_square. Gray stays gray."""
     y = torch.stack([to_square(x, size) for x in xs]).to(device)  # (B, 3, S, S)
     x_hat = COLOR_FIXES[color_fix](model(y), y).clamp(0, 1).cpu()
     x_hat = [v.mean(0, keepdim=True).expand(3, -1, -1) if is_gray(x) else v for v, x in zip(x_hat, xs, strict=True)]

@@ -178,8 +178,6 @@ class Student(nn.Module):
         r, self.has_lora = self.config["lora_rank"], True
         self.unet = peft.get_peft_model(self.unet, peft.LoraConfig(r=r, lora_alpha=r, target_modules=LORA_TARGETS))
 
-    # --- checkpoints: a folder of config.json and safetensors ---
-
     def save(self, folder, **settings):
         """Writes config.json (with `settings`), visual_encoder, adapter, spatial_encoder/ (diffusers), lora/ (peft).
 

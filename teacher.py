@@ -105,9 +105,8 @@ class PMRF(nn.Module):
         The files' num_flow_steps is what training was validated with (50 in PMRF's script); steps stays the paper's 25.
         OSError if nothing is there, or if a file is cut, foreign or of another size.
         """
-        with published.loading(
-            "teacher as PMRF published it", name_or_folder, "config.json and model.safetensors, 0.7 GB"
-        ):
+        files = "config.json and model.safetensors, 0.7 GB"
+        with published.loading("teacher as PMRF published it", name_or_folder, files):
             settings, weights, average = published.read_pmrf(name_or_folder)
             with torch.device("meta"):  # random weights would be replaced at once: make none
                 swinir, hdit = SwinIR(**settings.pop("swinir")), HDiT(**settings.pop("hdit"))

@@ -84,10 +84,7 @@ from teacher import PMRF
 
 
 def latent_loss(z_hat, z_target):
-    """Mean squared distance of the student's latent to the teacher's, L_lat of Eq. 6 ("the primary anchor").
-
-    z_hat, z_target: (B, C, h, w). Returns a scalar, the mean over all elements. ValueError if the shapes differ.
-    """
+    """Mean squared distance of two latents (B, C, h, w), L_lat of Eq. 6 ("the primary anchor"). ValueError if shapes differ."""
     if z_hat.shape != z_target.shape:
         raise ValueError(f"expected two latents of one shape, got {tuple(z_hat.shape)} and {tuple(z_target.shape)}")
     return F.mse_loss(z_hat.float(), z_target.float())
@@ -275,9 +272,12 @@ def save(run, step):
 
 def resume(run):
     """Goes on from the newest checkpoint of --out, if there is one. Returns its step, or 0."""
-    folder = runs.newest(run.args.out, run.args.resume)
-    if folder is None:
+    found = runs.steps_in(run.args.out)
+    if not found and run.args.resume:
+        raise FileNotFoundError(f"expected a checkpoint in {run.args.out}, found none: leave --resume out to begin")
+    if not found:
         return 0
+    folder = found[-1]
     runs.check_settings(folder, run.settings)
     run.student.load_trained(folder)
     run.ema = {name: p.detach().clone() for name, p in run.trained.items()}

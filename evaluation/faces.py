@@ -1,8 +1,4 @@
-"""The faces that evaluate.py measures: clean ones, degraded here, or given pairs of degraded and original (paper Sec. 4).
-
-Usage: for face in degraded(find_faces("faces/val")[0], 128): measure(method(face), face.x)
-       for face in given(find_faces("test/lq", "test/hq")[0], "test/lq", "test/hq"): ...
-"""
+"""The faces that evaluate.py measures: clean ones, degraded here, or given pairs of degraded and original (paper Sec. 4)."""
 
 import collections
 from pathlib import Path

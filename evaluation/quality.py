@@ -143,10 +143,7 @@ def timed(method, face, device):
 
 
 def quality(rows, tables, out, measures):
-    """quality.csv (a line a face and method) and quality.md (means with 95 % intervals over the faces) in the folder `out`.
-
-    rows, tables: from clean_faces or given_faces; measures: Measures. Both files grow table by table.
-    """
+    """quality.csv (a line a face and method) and quality.md (means with 95 % intervals) in `out`; both grow table by table."""
     make_folder(out)
     lines, texts = [], []
     for level, title, _, faces in tables:

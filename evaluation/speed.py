@@ -26,7 +26,6 @@ from plumbing.published import HDIT, SWINIR
 from student import Student, decode, encode
 from teacher import PMRF
 
-PAPER = 7.5  # times the student's: PMRF's 25 steps in Tab. 1
 attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch's counter knows those of GPUs alone
 COUNTED = {attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
 GRAPH, COMPILED = "replayed as a CUDA graph", "compiled"
@@ -117,16 +116,13 @@ def table(student, teacher, size, device, batches, steps, repeats, one_step=Fals
                     continue  # the pipeline waits for the GPU in between; the teacher's steps would each be compiled anew
                 row = measure(run, way, repeats, device, batch)
                 first.setdefault(name, row)
-                rows.append([name, batch, way or "eager", *cells(row, first["student, 1 step"], max(peak.values()))])
+                times = row["ms"] / first["student, 1 step"]["ms"]
+                share = row["tflop"] / row["ms"] * 1e3 / max(peak.values())
+                cells = [f"{row['tflop']:.3g}", f"{row['ms']:.1f}", f"{times:.2f}", f"{100 * share:.0f} %"]
+                rows.append([name, batch, way or "eager", *cells, row["memory"], f"{row['prepared']:.1f}"])
     header = ["", "batch", "run", "TFLOP a face", "ms a face", "times the student", "share of the peak"]
     header += ["memory beyond the weights, MB", "seconds to prepare"]
     return markdown(header, rows) + "\n" + "\n".join(notes(peak, first, steps, one_step)) + "\n"
-
-
-def cells(row, student, peak):
-    """A row of numbers as text. peak: TFLOP/s."""
-    texts = [f"{row['tflop']:.3g}", f"{row['ms']:.1f}", f"{row['ms'] / student['ms']:.2f}"]
-    return [*texts, f"{100 * row['tflop'] / row['ms'] * 1e3 / peak:.0f} %", row["memory"], f"{row['prepared']:.1f}"]
 
 
 def notes(peak, first, steps, one_step):
@@ -141,7 +137,7 @@ def notes(peak, first, steps, one_step):
         ratios = [teacher[key] / student[key] for key in ("ms", "tflop")]
         line = f"Teacher, {k} steps{' (computed)' * one_step}: {teacher['ms']:.0f} ms, "
         line += f"{ratios[0]:.2f} times the student's time, {ratios[1]:.2f} times its FLOPs"
-        lines.append(line + f" (the paper's Tab. 1: {PAPER} times)" * (k == 25))
+        lines.append(line + " (the paper's Tab. 1: 7.5 times)" * (k == 25))
     return lines
 
 
@@ -225,9 +221,7 @@ def random_models(config, device):
             up_block_types=("UpDecoderBlock2D",) * 4, scaling_factor=0.18215,
         )  # fmt: skip
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-        clip, dino = (
-            timm.create_model(entry["name"], num_classes=0, **{k: v for k, v in entry.items() if k != "name"})
-            for entry in (config["clip"], config["dino"])
-        )
+        entries = [dict(config[part]) for part in ("clip", "dino")]
+        clip, dino = (timm.create_model(entry.pop("name"), num_classes=0, **entry) for entry in entries)
         student = Student(config, vae, unet, clip, dino, LCMScheduler().alphas_cumprod.tolist())
         return student, PMRF(SwinIR(**SWINIR), HDiT(**HDIT)).eval()

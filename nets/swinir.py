@@ -83,10 +83,7 @@ class SwinIR(nn.Module):
         self.register_load_state_dict_pre_hook(drop_buffers)
 
     def forward(self, y):
-        """y: (B, 3, H, W) in [0, 1] -> (B, 3, 8h, 8w), unclipped, where 8h, 8w are H, W rounded up to multiples of 8.
-
-        ValueError unless these are multiples of 64, the windows: resize first.
-        """
+        """y: (B, 3, H, W) in [0, 1] -> the same, unclipped, sides rounded up to 8s. ValueError unless these are 64s."""
         h, w = (-(-n // WINDOW) for n in y.shape[-2:])
         if y.ndim != 4 or y.shape[1] != 3 or h % WINDOW or w % WINDOW or not h * w:
             raise ValueError(f"expected (B, 3, H, W), sides in (64 n - 8, 64 n], got {tuple(y.shape)}: resize first")

@@ -1,15 +1,6 @@
 """One shell for all scripts: argument types, Ctrl-C, too little memory, errors in one line, exit codes, a closed stdout.
 
-A script that imports torch takes seconds to start, so its arguments are parsed first, and this file imports no torch:
-
-    if __name__ == "__main__":
-        ARGS = commands.begin(parse_args, "the same command goes on from here")
-    import torch ...
-    def main(args):
-        return commands.run(work, args)                       # work(args) -> exit code, or None for 0
-    if __name__ == "__main__":
-        sys.exit(main(ARGS))
-
+A script that imports torch takes seconds to start, so `begin` parses its arguments first, and this file imports no torch.
 Exit codes: 0 done, 1 some inputs failed or nothing could be done, 2 wrong arguments, 130 Ctrl-C.
 """
 

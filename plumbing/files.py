@@ -1,7 +1,4 @@
-"""Finding pictures in folders, and writing files whole or not at all.
-
-Usage: for path in find_images(["folder", "face.png"]): write_bytes(make_folder("copies") / path.name, read_file(path))
-"""
+"""Finding pictures in folders, and writing files whole or not at all."""
 
 import contextlib
 import csv

@@ -47,11 +47,6 @@ def versions():
     return known | {name: features.version(name) for name in ("jpg", "webp")}
 
 
-def shard_size(samples, batch):
-    """Whole batches; small enough for some processes to share a small set, and for an interruption to cost little."""
-    return max(1, min(MAX_SHARD, samples // 32) // batch) * batch
-
-
 def write_json(path, value):
     write_bytes(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 

@@ -2,9 +2,6 @@
 
 Pictures are tensors (3, H, W), float32 in [0, 1], sRGB, row 0 at the top. Files are recognised by what is in them, so a
 PNG named .jpg is read as the PNG it is. What a file holds beside the colours stays with them in a Picture.
-
-Usage: write_image("copy.png", read_image("face.jpg"))
-       picture = read_picture("face.png"); write_result("face_restored.png", x_hat, like=picture)
 """
 
 import contextlib

@@ -95,7 +95,8 @@ def load_vit(entry):
     """A frozen ViT without its head. entry: its "name" (timm's, or a local timm folder) and arguments of its class."""
     name, options = entry["name"], {key: value for key, value in entry.items() if key != "name"}
     folder = Path(locate(name)).is_dir()
-    source = name if folder else timm_hub_id(name)
+    # where timm gets a model from: its name is not always the repository's
+    source = name if folder else getattr(timm.models.get_pretrained_cfg(name), "hf_hub_id", None) or name
     with loading("feature backbone", source, "about 350 MB, through timm"):
         vit = timm.create_model(f"local-dir:{locate(name)}" if folder else name, num_classes=0, **options)
         state = checkpoint_filter_fn(load_file(fetch(source, "model.safetensors")), vit)
@@ -103,13 +104,6 @@ def load_vit(entry):
         if missing := vit.load_state_dict(state, strict=False).missing_keys:
             raise ValueError(f"no {missing[0]} in it, and {len(missing)} weights missing in all")
     return vit.eval().requires_grad_(False)
-
-
-def timm_hub_id(name):
-    """Where timm gets a model from: its name is not always the repository's."""
-    cfg = timm.models.get_pretrained_cfg(name)
-    hub_id = cfg.hf_hub_id if cfg and cfg.hf_hub_id else "timm/"
-    return hub_id + name if hub_id.endswith("/") else hub_id
 
 
 def load_lpips():
@@ -168,10 +162,11 @@ def load_lora(name, file, unet):
 
 # --- PMRF ------------------------------------------------------------------------------------------------------------------
 
-# The published sizes: PMRF's swinir_L and hdit_ImageNet256Sp4
+# The published sizes, which PMRF's config.json has by name
 SWINIR = dict(embed_dim=180, depths=[6] * 8, num_heads=[6] * 8)
 HDIT = dict(in_channels=3, out_channels=3, patch_size=4, widths=[256, 512, 1024], depths=[2, 2, 8])
 HDIT |= dict(kernel_sizes=[7, 7, None], d_head=64, mapping_width=768, mapping_depth=2)
+PUBLISHED = [("swinir", "mmse_model_arch", "swinir_L", SWINIR), ("hdit", "arch", "hdit_ImageNet256Sp4", HDIT)]
 PMRF_KEY = re.compile(r"model\.|mmse_model\.")  # a training checkpoint has its metrics' networks, too
 
 
@@ -187,8 +182,11 @@ def read_pmrf(name_or_folder):
         weights, average = load_file(fetch(name_or_folder, "model.safetensors")), None
     if not isinstance(config, dict):
         raise ValueError(f"settings of type {type(config).__name__} instead of a dict")
-    settings = {"swinir": sizes(config, "swinir"), "hdit": sizes(config, "hdit")}
-    settings |= {"sigma_s": float(config.get("mmse_noise_std", 0.1)), "t_eps": float(config.get("eps", 0.0))}
+    settings = {"sigma_s": float(config.get("mmse_noise_std", 0.1)), "t_eps": float(config.get("eps", 0.0))}
+    for net, key, arch, known in PUBLISHED:
+        if net not in config and config.get(key, arch) != arch:
+            raise ValueError(f"{key} {config[key]!r} without its sizes under {net!r} (known without: {arch})")
+        settings[net] = config.get(net, known)
     return settings, {k: w for k, w in weights.items() if PMRF_KEY.match(k)}, average
 
 
@@ -210,15 +208,6 @@ def write_pmrf(folder, config, pmrf, dtype):
     weights |= {k: p.detach().to("cpu", dtype).contiguous() for k, p in pmrf.named_parameters()}
     write_bytes(make_folder(folder) / "model.safetensors", save(weights, {"format": "pt"}))
     write_bytes(Path(folder) / "config.json", json.dumps(config, indent=1).encode() + b"\n")
-
-
-def sizes(config, net):
-    """Constructor arguments of "swinir" or "hdit": those in the config, or the published ones that its `arch` names."""
-    published = {"swinir": ("mmse_model_arch", "swinir_L", SWINIR), "hdit": ("arch", "hdit_ImageNet256Sp4", HDIT)}
-    key, arch, known = published[net]
-    if net not in config and config.get(key, arch) != arch:
-        raise ValueError(f"{key} {config[key]!r} without its sizes under {net!r} (known without: {arch})")
-    return config.get(net, known)
 
 
 def read_lightning(path):

@@ -25,7 +25,6 @@ from plumbing.presets import check_same, load_config, steps_in
 from plumbing.shards import weights_sha256
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-SAMPLES = 6  # pictures in grid.png
 
 
 # --- what must be equal -------------------------------------------------------------------------------------------------
@@ -73,27 +72,18 @@ def check_networks(cache, meta, **networks):
 
 # --- checkpoints, written by one process at a time -----------------------------------------------------------------------
 
-LOCKED = set()  # folders, as file descriptors
-
-
-def unlock(*folders):
-    for folder in folders:
-        LOCKED.remove(folder)
-        os.close(folder)
-
-
+LOCKED = contextlib.ExitStack()  # closes the folder into which this process trains
 if fcntl:  # a forked data worker outlives a killed training by seconds, in which the next one may begin
-    os.register_at_fork(after_in_child=lambda: unlock(*LOCKED))
+    os.register_at_fork(after_in_child=LOCKED.close)
 
 
 @contextlib.contextmanager
 def alone(out, rank):
     """Inside, no other training writes into the folder out; ValueError where one does. The lock ends with the process."""
-    with contextlib.ExitStack() as stack:
+    with LOCKED:
         if fcntl and not rank:  # rank 0 locks it for all processes of a training
             folder = os.open(files.make_folder(out), os.O_RDONLY)
-            LOCKED.add(folder)
-            stack.callback(unlock, folder)
+            LOCKED.callback(os.close, folder)
             try:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -123,14 +113,6 @@ def write(out, step, fill, keep=2):
         shutil.rmtree(temporary, ignore_errors=True)
     for old in {*out.glob("step-??????")} - {*steps_in(out)[-keep:]}:
         shutil.rmtree(old)  # what a killed process has half removed, too
-
-
-def newest(out, insist):
-    """The last checkpoint of a run's folder, or None. FileNotFoundError where there is none and `insist`."""
-    found = steps_in(out)
-    if not found and insist:
-        raise FileNotFoundError(f"expected a checkpoint in {out}, found none: leave --resume out to begin")
-    return found[-1] if found else None
 
 
 def save_training(path, trained, optimizer):
@@ -226,7 +208,7 @@ def trim(path, step):
 @torch.no_grad()
 def grid(path, data, restore):
     """Writes LQ | student | X†, a row for each of the first pictures of the cache; restore: (B, 3, S, S) -> the same."""
-    rows = [data[i] for i in range(min(SAMPLES, len(data)))]
+    rows = [data[i] for i in range(min(6, len(data)))]
     y, x_target = (torch.stack([r[k] for r in rows]) for k in ("y", "x_target"))
     x_hat = restore(y).float().cpu()
     pictures.write_image(path, torch.cat([torch.cat(list(column), 1) for column in (y, x_hat, x_target)], 2))

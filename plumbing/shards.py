@@ -37,20 +37,17 @@ class CacheDataset(torch.utils.data.Dataset):
         return len(self.places)
 
     def __getitem__(self, i):
-        f, j = self.locate(i)
+        k, j = self.places[i]
+        if k not in self.files:  # opened (mapped into memory) at the first use, by each worker process for itself
+            self.files[k] = safe_open(self.folder / self.meta["shards"][k]["file"], "pt")
+        f = self.files[k]
         # by numpy, in one thread: torch would start its pool for each small tensor, in every worker
         z = {name: torch.from_numpy(f.get_slice(name)[j].numpy().astype(np.float32)) for name in ("z_lq", "z_target")}
         return dict(**z, y=picture(f, "y", j), x_target=picture(f, "x", j), index=int(i))
 
     def record(self, i):
-        f, j = self.locate(i)
-        return records_of(f)["samples"][j]
-
-    def locate(self, i):
         k, j = self.places[i]
-        if k not in self.files:  # opened (mapped into memory) at the first use, by each worker process for itself
-            self.files[k] = safe_open(self.folder / self.meta["shards"][k]["file"], "pt")
-        return self.files[k], j
+        return read_records(self.folder / self.meta["shards"][k]["file"])["samples"][j]
 
     def __getstate__(self):
         return self.__dict__ | {"files": {}}
@@ -82,15 +79,11 @@ def picture(f, name, j):
     return decode_picture(data, f"picture {name} {j} of the cache").x
 
 
-def records_of(f):
-    return json.loads(f.metadata()["records"])
-
-
 def read_records(path):
     """The records of a shard's file. ValueError if the file is no shard."""
     try:
         with safe_open(path, "pt") as f:
-            return records_of(f)
+            return json.loads(f.metadata()["records"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
         raise ValueError(f"expected a whole shard, got {path} ({e}): delete it, run cache.py again") from None
 
@@ -144,7 +137,7 @@ def check_shard(path, shard, S, decode, params):
     if hashlib.sha256(path.read_bytes()).hexdigest() != shard["sha256"]:
         yield "expected the sha256 in meta.json, got another: the file was changed"
     f, n = safe_open(path, "pt"), shard["count"]
-    z_lq, z_target, samples = f.get_tensor("z_lq"), f.get_tensor("z_target"), records_of(f)["samples"]
+    z_lq, z_target, samples = f.get_tensor("z_lq"), f.get_tensor("z_target"), read_records(path)["samples"]
     if not len(samples) == len(z_lq) == len(z_target) == n or z_lq.shape != z_target.shape:
         yield f"expected {n} samples, got {len(samples)} with latents {tuple(z_lq.shape)}, {tuple(z_target.shape)}"
         return

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nets import hdit
-from plumbing.published import HDIT, SWINIR, sizes
+from plumbing.published import HDIT, SWINIR, read_pmrf
 from teacher import PMRF, HDiT, SwinIR, flow_matching_loss, neighborhood_attention, path, posterior_mean_loss
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -532,13 +532,14 @@ def test_sizes_are_the_published_ones_unless_config_has_others(tmp_path):
     for k in ("hdit", "swinir"):
         del config[k]
     refused(write_folder(tmp_path / "a", config, state), "size mismatch for model", "256")
+    settings, *_ = read_pmrf(tmp_path / "a")
+    assert settings["hdit"] == HDIT and settings["swinir"] == SWINIR
     refused(
         write_folder(tmp_path / "b", config | {"arch": "unet"}, state),
         "arch",
         "unet",
         "hdit_ImageNet256Sp4",
     )
-    assert sizes(config, "hdit") == HDIT and sizes({}, "swinir") == SWINIR
 
 
 def test_broken_folders_are_one_line(tmp_path):

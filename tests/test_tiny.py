@@ -66,11 +66,12 @@ def test_layers_learn_in_axes_and_are_saved_in_pixels():
     plain = torch.nn.Sequential(torch.nn.Linear(12, 5), torch.nn.Linear(5, 12))
     start = [p.detach().clone() for p in plain.parameters()]
     net = copy.deepcopy(plain)
-    learn_in_axes(net[0], "weight", down, up, dim=1, fresh=True)
-    learn_in_axes(net[1], "weight", up.T, down.T, dim=0, fresh=False)
-    learn_in_axes(net[1], "bias", up.T, down.T, dim=0, fresh=False)
+    learn_in_axes(net[0], "weight", down, up, dim=1)
+    learn_in_axes(net[1], "weight", up.T, down.T, dim=0)
+    learn_in_axes(net[1], "bias", up.T, down.T, dim=0)
     assert torch.allclose(net[0].weight, start[0] @ down.float(), atol=1e-5)  # the start is one in coordinates
-    assert torch.allclose(net[1].weight, start[2], atol=1e-5) and torch.allclose(net[1].bias, start[3], atol=1e-5)
+    assert torch.allclose(net[1].weight, up.float() @ start[2], atol=1e-5)
+    assert torch.allclose(net[1].bias, up.float() @ start[3], atol=1e-5)
     before = (net[0].weight @ up.float()).detach(), (down.float() @ net[1].weight).detach()
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
     (net(patches) - patches).square().mean().backward()

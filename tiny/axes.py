@@ -47,11 +47,10 @@ class InAxes(nn.Module):
 
 
 @torch.no_grad()
-def learn_in_axes(layer, name, rows, back, dim, fresh):
-    """Makes layer.name learn in coordinates. fresh: its random start is one in them, otherwise it keeps its value."""
+def learn_in_axes(layer, name, rows, back, dim):
+    """Makes layer.name learn in coordinates; its random start becomes one in them."""
     in_axes = InAxes(rows, back, dim).to(getattr(layer, name).device)
-    if fresh:
-        getattr(layer, name).copy_(in_axes(getattr(layer, name)))
+    getattr(layer, name).copy_(in_axes(getattr(layer, name)))
     parametrize.register_parametrization(layer, name, in_axes)
 
 

@@ -55,10 +55,7 @@ def degradation_numbers(params):
 
 
 def make_pair(picture, seed, face, view):
-    """One view of a square PIL picture: (clean, degraded) uint8 (3, SIZE, SIZE) and the degradation's numbers.
-
-    A function of (seed, face, view) and the picture alone. A gray sample has a gray original.
-    """
+    """A square PIL picture, by (seed, face, view) alone -> (clean, degraded) uint8 (3, SIZE, SIZE), degradation_numbers."""
     rng = np.random.default_rng([seed, face, view])
     plain = np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.LANCZOS)).transpose(2, 0, 1)
     x = torch.from_numpy((augment(picture, rng) if view else plain).copy()).float() / 255

@@ -1,11 +1,7 @@
 """Makes what the paper takes as published, small: autoencoder, feature backbones, posterior mean, flow, base UNet.
 
-    python -m tiny.pretrain vae clip dino unet --data DIR...
-    python -m tiny.pretrain posterior-mean flow --data DIR...
-
-From folders of aligned faces. Within a line, later parts need earlier ones. Once the first line has made the pool of training
-pairs (runs/pool), the second can run beside it. The same command goes on where it was stopped. tiny/README.md has the
-commands and figures of the weights in this folder.
+From folders of aligned faces. unet needs vae and clip, flow needs posterior-mean; the pool of training pairs (runs/pool) is
+made once for all. The same command goes on where it was stopped. tiny/README.md has the commands and figures.
 
     vae              tiny/base/vae    PCAAutoencoder: pixel loss alone, then LPIPS, with a little noise on the latents
     decoder          tiny/base/vae    the same, going on from there with the encoder frozen: latents made before stay good
@@ -197,9 +193,9 @@ def posterior_mean_training(args, pool, recipe):
     pmrf = teacher.PMRF(teacher.SwinIR(**SWINIR), teacher.HDiT(**HDIT), args.sigma_s)
     swinir = copy.deepcopy(pmrf.mmse_model).to(pool.device)
     _, down, up = half_whitened(patches(pool.get("hq", pool.batch(512, step=0))))
-    learn_in_axes(swinir.conv_first[1], "weight", down, up, dim=1, fresh=True)
-    learn_in_axes(swinir.upsample[0], "weight", up.T, down.T, dim=0, fresh=True)
-    learn_in_axes(swinir.upsample[0], "bias", up.T, down.T, dim=0, fresh=True)
+    learn_in_axes(swinir.conv_first[1], "weight", down, up, dim=1)
+    learn_in_axes(swinir.upsample[0], "weight", up.T, down.T, dim=0)
+    learn_in_axes(swinir.upsample[0], "bias", up.T, down.T, dim=0)
 
     def loss_fn(step):
         index = pool.batch(recipe.batch, step)
