@@ -147,7 +147,7 @@ def load_model(checkpoint="tiny", method="student", device="cpu", steps=25, seed
     """A function (B, 3, S, S) -> (B, 3, S, S), both in about [0, 1], on `device`, and S.
 
     checkpoint: "tiny" or a folder (it names its teacher too); method: "student" (Eq. 5), "teacher" (Eq. 4 in `steps`
-    steps from the noise of `seed`) or "mmse" (Eq. 2); precision: see plumbing/devices.py. ValueError or OSError if it is lost.
+    steps from the noise of `seed`) or "mmse" (Eq. 2); precision: see plumbing/devices.py. OSError or ValueError if one is missing.
     """
     if method == "student":
         student = prepare(Student.load(checkpoint, merge=True), device, precision)
@@ -161,7 +161,10 @@ def load_model(checkpoint="tiny", method="student", device="cpu", steps=25, seed
 
 @torch.inference_mode()
 def restore(model, size, xs, color_fix="wavelet", device="cpu"):
-    """Restores a list of (3, H, W) in [0, 1], of any sizes, in one batch: as many, sized by from_square. Gray stays gray."""
+    """Restores xs, a list of (3, H, W) in [0, 1], in one batch by load_model's model and size: as many, sized by from_square.
+
+    A gray picture stays gray.
+    """
     y = torch.stack([to_square(x, size) for x in xs]).to(device)  # (B, 3, S, S)
     x_hat = COLOR_FIXES[color_fix](model(y), y).clamp(0, 1).cpu()
     x_hat = [v.mean(0, keepdim=True).expand(3, -1, -1) if is_gray(x) else v for v, x in zip(x_hat, xs, strict=True)]

@@ -72,18 +72,19 @@ def check_networks(cache, meta, **networks):
 
 # --- checkpoints, written by one process at a time -----------------------------------------------------------------------
 
-LOCKED = contextlib.ExitStack()  # closes the folder into which this process trains
+LOCKED = set()  # open folders into which this process trains
 if fcntl:  # a forked data worker outlives a killed training by seconds, in which the next one may begin
-    os.register_at_fork(after_in_child=LOCKED.close)
+    os.register_at_fork(after_in_child=lambda: [os.close(LOCKED.pop()) for _ in tuple(LOCKED)])
 
 
 @contextlib.contextmanager
 def alone(out, rank):
     """Inside, no other training writes into the folder out; ValueError where one does. The lock ends with the process."""
-    with LOCKED:
+    with contextlib.ExitStack() as stack:
         if fcntl and not rank:  # rank 0 locks it for all processes of a training
             folder = os.open(files.make_folder(out), os.O_RDONLY)
-            LOCKED.callback(os.close, folder)
+            LOCKED.add(folder)
+            stack.callback(lambda: (LOCKED.remove(folder), os.close(folder)))
             try:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

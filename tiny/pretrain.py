@@ -1,7 +1,7 @@
 """Makes what the paper takes as published, small: autoencoder, feature backbones, posterior mean, flow, base UNet.
 
 From folders of aligned faces. unet needs vae and clip, flow needs posterior-mean; the pool of training pairs (runs/pool) is
-made once for all. The same command goes on where it was stopped. tiny/README.md has the commands and figures.
+made once for all: a second command may run beside the first one from then on. The same command goes on where it was stopped.
 
     vae              tiny/base/vae    PCAAutoencoder: pixel loss alone, then LPIPS, with a little noise on the latents
     decoder          tiny/base/vae    the same, going on from there with the encoder frozen: latents made before stay good
