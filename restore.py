@@ -147,7 +147,7 @@ def load_model(checkpoint="tiny", method="student", device="cpu", steps=25, seed
     """A function (B, 3, S, S) -> (B, 3, S, S), both in about [0, 1], on `device`, and S.
 
     checkpoint: "tiny" or a folder (it names its teacher too); method: "student" (Eq. 5), "teacher" (Eq. 4 in `steps`
-    steps from the noise of `seed`) or "mmse" (Eq. 2); precision: see plumbing/devices.py. OSError or ValueError if one is missing.
+    steps from the noise of `seed`) or "mmse" (Eq. 2); precision: see plumbing/devices.py. OSError, ValueError: no such weights.
     """
     if method == "student":
         student = prepare(Student.load(checkpoint, merge=True), device, precision)
